@@ -1,0 +1,143 @@
+"""DeepSpeed behind the methods of `beit3.backends`. Imported only when it is asked for."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from beit3.backends import DTYPES, BackendSettings
+from beit3.errors import InputError
+from beit3.files import atomic_write
+from beit3.weights import load_untrusted, write_weights
+
+logger = logging.getLogger(__name__)
+
+
+def import_deepspeed() -> Any:
+    """DeepSpeed with its start-up chatter off.
+
+    Raises:
+        InputError: it is not installed or does not import.
+    """
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    try:
+        import deepspeed
+    except Exception as error:  # it fails in many ways at import (compilers, CUDA versions): all mean "not usable"
+        raise InputError(
+            [f"--enable_deepspeed: DeepSpeed cannot be imported ({type(error).__name__}: {error}); "
+             "install requirements.txt, or leave the flag out to train with plain PyTorch"]
+        ) from error
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+    return deepspeed
+
+
+def engine_config(settings: BackendSettings, world_size: int) -> dict[str, Any]:
+    """DeepSpeed's configuration as a value. What its defaults changed between versions is written out."""
+    stage, precision = settings.zero_stage, settings.precision
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": settings.batch_size,
+        "gradient_accumulation_steps": settings.update_freq,
+        "train_batch_size": settings.batch_size * settings.update_freq * world_size,
+        "gradient_clipping": settings.clip_grad or 0.0,
+        "steps_per_print": 10**9,
+        "zero_optimization": {"stage": stage, "overlap_comm": False},
+        # Our optimizer is torch.optim.AdamW(fused=True); DeepSpeed's own would compile for minutes.
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    if precision == "bf16":
+        config["bf16"] = {"enabled": True}
+        if stage in (1, 2):
+            config["data_types"] = {"grad_accum_dtype": "fp32"}
+    elif precision == "fp16":
+        config["fp16"] = {"enabled": True, "initial_scale_power": settings.initial_scale_power, "loss_scale": 0}
+    return config
+
+
+class DeepSpeedBackend:
+    """A DeepSpeed engine with our own optimizer, whose learning rate we set."""
+
+    suffix = ""
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, settings: BackendSettings) -> None:
+        deepspeed = import_deepspeed()
+        self.settings = settings
+        self.config = engine_config(settings, dist.get_world_size())
+        self.engine, self.optimizer, _, _ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=self.config, dist_init_required=False
+        )
+        self.engine.checkpoint_engine.load = _safe_load
+        self.model: nn.Module = self.engine
+        self.module = model
+        self.input_dtype = DTYPES[settings.precision]
+
+    def autocast(self) -> AbstractContextManager[None]:
+        return nullcontext()  # the engine holds the weights in the dtype it computes in
+
+    @contextmanager
+    def micro_step(self, last: bool) -> Iterator[None]:
+        yield
+        if not last:
+            self.engine.step()  # counts the micro batch; nothing is updated before the last one
+
+    def backward(self, loss: Tensor) -> None:
+        self.engine.backward(loss)  # divides by update_freq itself
+
+    def step(self) -> Tensor | None:
+        self.engine.step()
+        norm = self.engine.get_global_grad_norm()
+        return None if norm is None else torch.as_tensor(norm, dtype=torch.float32)
+
+    def full_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        for name, parameter in self.module.named_parameters():
+            whole = safe_get_full_fp32_param(parameter)
+            shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 leaves an empty stub between uses
+            yield name, parameter.detach() if whole is None else whole.view(shape)
+
+    def save(self, path: Path, extra: dict[str, Any]) -> None:
+        """The engine's files, and the whole weights as one file of their own, in a folder renamed when complete."""
+        aside = path.with_name(f".{path.name}.tmp")
+        if dist.get_rank() == 0:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+        dist.barrier()
+        self.engine.save_checkpoint(str(aside), tag="state", client_state=extra, save_latest=False)
+        weights = {name: tensor.detach().float().cpu() for name, tensor in self.full_parameters()}
+        if dist.get_rank() == 0:
+            write_weights(aside, weights, extra["description"])
+            with atomic_write(aside / "deepspeed_config.json") as file:
+                json.dump(self.config, file, indent=2)
+            shutil.rmtree(path, ignore_errors=True)
+            os.replace(aside, path)
+        dist.barrier()
+
+    def load(self, path: Path) -> dict[str, Any]:
+        if not (path / "state").is_dir():
+            raise InputError([f"{path}: not a DeepSpeed checkpoint of this toolkit; give it to --finetune instead"])
+        loaded, extra = self.engine.load_checkpoint(str(path), tag="state")
+        if loaded is None:
+            raise InputError([f"{path}: DeepSpeed found no state in it"])
+        return extra
+
+
+def _safe_load(path: str, map_location: object = None) -> Any:
+    """In place of DeepSpeed's own loading, which unpickles anything: tensors, plain values and four of its classes."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    with torch.serialization.safe_globals([LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]):
+        return load_untrusted(Path(path))

@@ -1,0 +1,35 @@
+"""The errors that users meet: mistakes in their inputs, and pictures that cannot be read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+MAX_LISTED = 20  # beyond this a longer list hides more than it shows
+
+
+class InputError(ValueError):
+    """Mistakes in what the user gave: files, folders, arguments. Lists every mistake found, not only the first.
+
+    Each problem says what is wrong, what was found, what was wanted and how to mend it. `problems` holds all of
+    them; the message shows the first `MAX_LISTED`. Survives pickling, so it can cross from a loader's worker.
+    """
+
+    def __init__(self, problems: str | Sequence[str]):
+        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        assert self.problems, "an InputError without a problem"
+        super().__init__(_list_problems(self.problems))
+
+    def __reduce__(self) -> tuple[type, tuple[list[str]]]:
+        return type(self), (self.problems,)
+
+
+class BadImageError(RuntimeError):
+    """A picture that is missing or cannot be decoded; the message names the file, the row and the index line."""
+
+
+def _list_problems(problems: list[str]) -> str:
+    if len(problems) == 1:
+        return problems[0]
+    shown = "".join(f"\n- {problem}" for problem in problems[:MAX_LISTED])
+    hidden = len(problems) - MAX_LISTED
+    return f"{len(problems)} problems:{shown}" + (f"\n… and {hidden} more" if hidden > 0 else "")

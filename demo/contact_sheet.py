@@ -1,0 +1,92 @@
+"""Pictures with lines of text under them on one sheet, for looking at data and for the README.
+
+`python -m demo.contact_sheet DEMO_DIR SHEET.png` shows the first pictures of a split with a caption and all questions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+_MARGIN = 12  # pixels, as everything here
+_FONT_SIZE = 13
+
+
+def contact_sheet(
+    pictures: Sequence[tuple[str | os.PathLike[str], Sequence[str]]], columns: int = 4, width: int = 256
+) -> Image.Image:
+    """Draws pictures, each with its lines of text below, row by row.
+
+    Args:
+        pictures: (file, lines); lines that are too long are wrapped.
+        width: of a picture on the sheet, in pixels; small ones are enlarged without smoothing.
+    """
+    font = ImageFont.load_default(_FONT_SIZE)
+    images, texts = [], []
+    for path, lines in pictures:
+        with Image.open(path) as image:
+            images.append(_fit(image.convert("RGB"), width))
+        texts.append("\n".join(_wrap(line, font, width) for line in lines))
+    ruler = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    heights = [
+        image.height + 2 * _MARGIN + int(ruler.multiline_textbbox((0, 0), text, font)[3])
+        for image, text in zip(images, texts, strict=True)
+    ]
+    row_heights = [max(heights[start : start + columns]) for start in range(0, len(heights), columns)]
+    sheet = Image.new("RGB", (columns * (width + _MARGIN) + _MARGIN, sum(row_heights) + _MARGIN), "white")
+    pencil = ImageDraw.Draw(sheet)
+    for i, (image, text) in enumerate(zip(images, texts, strict=True)):
+        row, column = divmod(i, columns)
+        x, y = _MARGIN + column * (width + _MARGIN), _MARGIN + sum(row_heights[:row])
+        sheet.paste(image, (x, y))
+        pencil.multiline_text((x, y + image.height + _MARGIN // 2), text, "black", font)
+    return sheet
+
+
+def _fit(image: Image.Image, width: int) -> Image.Image:
+    method = Image.Resampling.NEAREST if image.width < width else Image.Resampling.BICUBIC
+    return image.resize((width, width * image.height // image.width), method)
+
+
+def _wrap(line: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
+    rows = [""]
+    for word in line.split():
+        longer = f"{rows[-1]} {word}".strip()
+        if rows[-1] and font.getlength(longer) > width:
+            rows.append(word)
+        else:
+            rows[-1] = longer
+    return "\n".join(rows)
+
+
+def describe_demo(demo: Path, subset: str, count: int) -> list[tuple[Path, list[str]]]:
+    """The first pictures of "train2014" or "val2014" with their first caption and all questions and answers."""
+    images = json.loads((demo / "dataset_coco.json").read_text(encoding="utf-8"))["images"]
+    questions = json.loads((demo / f"vqa/v2_OpenEnded_mscoco_{subset}_questions.json").read_text(encoding="utf-8"))
+    annotations = json.loads((demo / f"vqa/v2_mscoco_{subset}_annotations.json").read_text(encoding="utf-8"))
+    answers = {row["question_id"]: row["multiple_choice_answer"] for row in annotations["annotations"]}
+    described = []
+    for image in [image for image in images if image["filepath"] == subset][:count]:
+        asked = [row for row in questions["questions"] if row["image_id"] == image["cocoid"]]
+        lines = [image["sentences"][0]["raw"], *(f"{row['question']} {answers[row['question_id']]}" for row in asked)]
+        described.append((demo / subset / image["filename"], lines))
+    return described
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m demo.contact_sheet", description=__doc__.splitlines()[0])
+    parser.add_argument("demo_dir", type=Path, help="a folder made by demo.make")
+    parser.add_argument("sheet", type=Path, help="the picture to write, .png or .jpg")
+    parser.add_argument("--subset", choices=("train2014", "val2014"), default="val2014", help="(%(default)s)")
+    parser.add_argument("--count", type=int, default=8, help="pictures on the sheet (%(default)s)")
+    given = parser.parse_args(arguments)
+    contact_sheet(describe_demo(given.demo_dir, given.subset, given.count)).save(given.sheet)
+
+
+if __name__ == "__main__":
+    main()

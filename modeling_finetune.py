@@ -1,0 +1,301 @@
+"""The fine-tuning models of BEiT-3 and their registered names.
+
+`timm.create_model(name, vocab_size=…, drop_path_rate=…, checkpoint_activations=…)` builds one after
+`import modeling_finetune`. Names are `beit3_<size>_patch16_<pixels>_<suffix>`; parameter names, shapes and call
+signatures are those of the released models, so released weights load as they are.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from timm.models import register_model
+from torch import Tensor, nn
+
+from beit3.encoder import BEiT3, EncoderConfig
+from beit3.losses import contrastive_loss
+
+# Sizes of the encoder. tiny learns the embedded demo from scratch; nothing is released for it.
+SIZES = {
+    "tiny": {"width": 128, "layers": 4, "heads": 4},
+    "base": {"width": 768, "layers": 12, "heads": 12},
+    "large": {"width": 1024, "layers": 24, "heads": 16},
+}
+VQA_ANSWERS = 3129
+IMAGENET_CLASSES = 1000
+
+
+@torch.no_grad()
+def _truncated_normal_(tensor: Tensor, std: float) -> None:
+    """Normal values of this standard deviation, cut at ±std, by the inverse of the distribution function.
+
+    PyTorch's own draws again and again until all values are inside, a minute for a base model.
+    """
+    inside = math.erf(1 / math.sqrt(2))  # share of a normal distribution within one standard deviation
+    tensor.uniform_(-inside, inside).erfinv_().mul_(std * math.sqrt(2)).clamp_(-std, std)
+
+
+def _init_weights(module: nn.Module) -> None:
+    """Fresh weights: linear layers truncated normal (std 0.02, cut at ±0.02), norms 1 and 0, tables normal at 0.02."""
+    if isinstance(module, nn.Linear | nn.Conv2d):
+        _truncated_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.LayerNorm):
+        nn.init.ones_(module.weight)
+        nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Embedding):
+        nn.init.normal_(module.weight, std=0.02)
+
+
+class BEiT3Model(nn.Module):
+    """What the five models share: the encoder under the name `beit3`, fresh weights, and no decay by name."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        self.beit3 = BEiT3(config)
+
+    def init_weights(self) -> None:
+        self.apply(_init_weights)
+        nn.init.normal_(self.beit3.vision_embed.cls_token, std=0.02)
+        nn.init.normal_(self.beit3.vision_embed.mask_token, std=0.02)
+
+    @property
+    def num_layers(self) -> int:
+        return self.beit3.config.layers
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters of two and more dimensions that get no weight decay all the same."""
+        return {"beit3.encoder.embed_positions.A.weight", "beit3.vision_embed.cls_token", "logit_scale"}
+
+
+class Pooler(nn.Module):
+    """Norm, linear layer and tanh on the class token."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.dense = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, W) → (B, W), from position 0."""
+        return torch.tanh(self.dense(self.norm(x[:, 0])))
+
+
+class BEiT3ForVisualQuestionAnswering(BEiT3Model):
+    """Picture and question → one logit per answer of the vocabulary."""
+
+    final_norm = False
+
+    def __init__(self, config: EncoderConfig, num_classes: int = VQA_ANSWERS) -> None:
+        super().__init__(config)
+        width = config.width
+        self.pooler = Pooler(width)
+        self.head = nn.Sequential(
+            nn.Linear(width, 2 * width), nn.LayerNorm(2 * width), nn.GELU(), nn.Linear(2 * width, num_classes)
+        )
+        self.init_weights()
+
+    def forward(self, image: Tensor, question: Tensor, padding_mask: Tensor | None = None) -> Tensor:
+        """Args:
+            image: (B, 3, H, H) in [-1, 1]. question: (B, T) token ids. padding_mask: (B, T), 1 = padding.
+
+        Returns:
+            Logits (B, answers).
+        """
+        # Only the class token is read, so the last layer computes that one position.
+        features, _ = self.beit3(image, question, padding_mask, image_rows=1, text_rows=0)
+        return self.head(self.pooler(features))
+
+
+class BEiT3ForCaptioning(BEiT3Model):
+    """Picture and partly masked caption → logits of the masked tokens."""
+
+    final_norm = True
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__(config)
+        self.mlm_head = nn.Linear(config.width, config.vocab_size)
+        self.init_weights()
+
+    def forward(
+        self, image: Tensor, text_ids: Tensor, padding_mask: Tensor | None, language_masked_pos: Tensor
+    ) -> Tensor:
+        """Args:
+            image: (B, 3, H, H) in [-1, 1]. text_ids: (B, T). padding_mask: (B, T), 1 = padding.
+            language_masked_pos: (B, T), 1 = predict here.
+
+        Returns:
+            Logits (masked positions, vocabulary), row-major over (sample, position).
+        """
+        _, text = self.beit3(image, text_ids, padding_mask, causal_text=True, image_rows=0)
+        return self.mlm_head(text[language_masked_pos.bool()])
+
+
+class BEiT3ForRetrieval(BEiT3Model):
+    """Picture and text → unit-norm features of each; in training also the symmetric contrastive loss."""
+
+    final_norm = True
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__(config)
+        self.language_head = nn.Linear(config.width, config.width, bias=False)
+        self.vision_head = nn.Linear(config.width, config.width, bias=False)
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        self.init_weights()
+
+    def forward(
+        self,
+        image: Tensor | None = None,
+        text_description: Tensor | None = None,
+        padding_mask: Tensor | None = None,
+        only_infer: bool = False,
+    ) -> tuple[Tensor | None, ...]:
+        """Args:
+            image: (B, 3, H, H) or None. text_description: (B, T) or None. padding_mask: (B, T), 1 = padding.
+
+        Returns:
+            Features (B, W) of picture and of text, None where not given; without `only_infer` the loss () comes first.
+        """
+        vision = language = None
+        if image is not None:
+            features, _ = self.beit3(image, image_rows=1)
+            vision = F.normalize(self.vision_head(features[:, 0]), dim=-1)
+        if text_description is not None:
+            _, features = self.beit3(None, text_description, padding_mask, text_rows=1)
+            language = F.normalize(self.language_head(features[:, 0]), dim=-1)
+        if only_infer:
+            return vision, language
+        return contrastive_loss(vision, language, self.logit_scale.exp()), vision, language
+
+
+class TwoLayerHead(nn.Module):
+    """LayerNorm, Linear, LayerNorm, GELU, Linear; both linear layers start at a thousandth of the usual scale."""
+
+    def __init__(self, width: int, hidden: int, num_classes: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width)
+        self.dense1 = nn.Linear(width, hidden)
+        self.norm2 = nn.LayerNorm(hidden)
+        self.dense2 = nn.Linear(hidden, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dense2(F.gelu(self.norm2(self.dense1(self.norm1(x)))))
+
+
+class BEiT3ForVisualReasoning(BEiT3Model):
+    """Two pictures and a statement → logits of false and true."""
+
+    final_norm = True
+
+    def __init__(self, config: EncoderConfig, num_classes: int = 2) -> None:
+        super().__init__(config)
+        self.head = TwoLayerHead(4 * config.width, 2 * config.width, num_classes)
+        self.init_weights()
+        with torch.no_grad():
+            for dense in (self.head.dense1, self.head.dense2):
+                dense.weight.mul_(0.001)
+
+    def forward(
+        self, image_a: Tensor, image_b: Tensor, text_description: Tensor, padding_mask: Tensor | None = None
+    ) -> Tensor:
+        """Args:
+            image_a, image_b: (B, 3, H, H). text_description: (B, T). padding_mask: (B, T), 1 = padding.
+
+        Returns:
+            Logits (B, 2).
+        """
+        image = torch.cat([image_a, image_b])
+        text = torch.cat([text_description, text_description])
+        padding_mask = None if padding_mask is None else torch.cat([padding_mask, padding_mask])
+        vision, language = self.beit3(image, text, padding_mask, image_rows=1, text_rows=1)
+        features_a, features_b = torch.cat([vision[:, 0], language[:, 0]], dim=-1).chunk(2)
+        return self.head(torch.cat([features_a, features_b], dim=-1))
+
+
+class BEiT3ForImageClassification(BEiT3Model):
+    """Picture → logits of the classes, from the mean of the patches."""
+
+    final_norm = False
+
+    def __init__(self, config: EncoderConfig, num_classes: int = IMAGENET_CLASSES) -> None:
+        super().__init__(config)
+        self.fc_norm = nn.LayerNorm(config.width)
+        self.head = nn.Linear(config.width, num_classes)
+        self.init_weights()
+        with torch.no_grad():
+            self.head.weight.mul_(0.001)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """(B, 3, H, H) → logits (B, classes)."""
+        features, _ = self.beit3(image)
+        return self.head(self.fc_norm(features[:, 1:].mean(1)))
+
+
+HEADS = {
+    "vqav2": BEiT3ForVisualQuestionAnswering,
+    "captioning": BEiT3ForCaptioning,
+    "retrieval": BEiT3ForRetrieval,
+    "nlvr2": BEiT3ForVisualReasoning,
+    "imageclassification": BEiT3ForImageClassification,
+}
+
+# Which (size, pixels) exist per suffix: the released ones, and tiny for the demo.
+REGISTERED = {
+    "vqav2": [
+        ("tiny", 64),
+        ("base", 384),
+        ("base", 480),
+        ("large", 384),
+        ("large", 480),
+        ("large", 768),
+    ],
+    "captioning": [("tiny", 64), ("base", 224), ("base", 480), ("large", 480)],
+    "retrieval": [("base", 224), ("base", 384), ("large", 384)],
+    "nlvr2": [("base", 224), ("large", 224)],
+    "imageclassification": [("base", 224), ("large", 224)],
+}
+
+
+def _entry_point(suffix: str, size: str, pixels: int):
+    head = HEADS[suffix]
+
+    def build(
+        pretrained: bool = False,
+        vocab_size: int = 64010,
+        drop_path_rate: float = 0.0,
+        checkpoint_activations: bool = False,
+        **options: object,
+    ) -> BEiT3Model:
+        if pretrained:
+            raise ValueError("weights are not downloaded: give a released file to --finetune")
+        for handed_over_by_timm in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):
+            options.pop(handed_over_by_timm, None)
+        config = EncoderConfig(
+            **SIZES[size],
+            image_size=pixels,
+            vocab_size=vocab_size,
+            drop_path_rate=drop_path_rate,
+            checkpoint_activations=checkpoint_activations,
+            final_norm=head.final_norm,
+        )
+        return head(config, **options)
+
+    build.__name__ = build.__qualname__ = f"beit3_{size}_patch16_{pixels}_{suffix}"
+    build.__doc__ = f"BEiT-3 {size} at {pixels} pixels: {head.__name__}."
+    return build
+
+
+def _register_all() -> list[str]:
+    names = []
+    for suffix, variants in REGISTERED.items():
+        for size, pixels in variants:
+            build = _entry_point(suffix, size, pixels)
+            globals()[build.__name__] = register_model(build)
+            names.append(build.__name__)
+    return names
+
+
+MODEL_NAMES = _register_all()

@@ -1,0 +1,540 @@
+"""Fine-tune BEiT-3, or predict with it: flags → checks → assembly → train / evaluate. Names no task.
+
+`torchrun --nproc_per_node=GPUS run_beit3_finetuning.py …`, or plain `python3 run_beit3_finetuning.py …` as one process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import logging
+import math
+import os
+import re
+import sys
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch.utils.data import DataLoader
+
+import utils
+from beit3.backends import DTYPES, Backend, BackendSettings, PlainBackend, choose_precision
+from beit3.ema import ModelEma
+from beit3.errors import InputError
+from beit3.files import atomic_write
+from beit3.images import screen_images
+from beit3.weights import Checkpoint, load_weights, newest_checkpoint, read_checkpoint, write_weights
+from datasets import EpochSampler, EvaluationSampler, ImageTextDataset, build_loader
+from engine_for_finetuning import TrainingRun, evaluate, train_one_epoch
+from modeling_finetune import MODEL_NAMES, BEiT3Model
+from optim_factory import cosine_schedule, create_optimizer, parameter_groups
+from tasks import PLANNED, TASKS, Record, Task, TaskSettings
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1  # of the description inside checkpoints
+
+
+def get_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
+    )
+    _add_model_flags(parser.add_argument_group("model and task"))
+    _add_optimizer_flags(parser.add_argument_group("optimizer and schedule"))
+    _add_data_flags(parser.add_argument_group("data"))
+    _add_run_flags(parser.add_argument_group("run"))
+    _add_task_flags(parser.add_argument_group("captioning"))
+    _add_imagenet_flags(parser.add_argument_group("ImageNet classification (not there yet)"))
+    _add_deepspeed_flags(parser.add_argument_group("DeepSpeed"))
+    return parser.parse_args(argv)
+
+
+def _add_model_flags(group: Any) -> None:
+    group.add_argument("--model", default="beit_base_patch16_224", metavar="NAME", help="beit3_base_patch16_480, …")
+    group.add_argument("--task", required=True, choices=[*TASKS, *PLANNED], help="what to fine-tune for")
+    group.add_argument("--input_size", type=int, default=224, help="side of the pictures, pixels; as in --model")
+    group.add_argument("--drop_path", type=float, default=0.1, help="stochastic depth of the last layer, 0-1")
+    group.add_argument("--checkpoint_activations", action="store_true", help="less memory for about a third more time")
+    group.add_argument("--sentencepiece_model", type=Path, required=True, help="the tokenizer, beit3.spm")
+    group.add_argument("--vocab_size", type=int, default=64010, help="rows of the token table")
+    group.add_argument("--num_max_bpe_tokens", type=int, default=64, help="longest text, with <s> and </s>")
+    group.add_argument("--model_ema", action="store_true", help="keep an average of the weights, validate it, save it")
+    group.add_argument("--model_ema_decay", type=float, default=0.9999, help="per step")
+    group.add_argument("--model_ema_force_cpu", action="store_true", help="keep the average in the CPU's memory")
+    group.add_argument("--finetune", default="", help="weights to start from or to predict with: .pth, .safetensors, folder")
+    group.add_argument("--model_key", default="model|module", help="where a .pth keeps its state dict")
+    group.add_argument("--model_prefix", default="", help="put before each key of --finetune")
+
+
+def _add_optimizer_flags(group: Any) -> None:
+    group.add_argument("--opt", default="adamw", help="adamw, or a name timm knows")
+    group.add_argument("--opt_eps", type=float, default=1e-8, help="epsilon of Adam")
+    group.add_argument("--opt_betas", type=float, nargs=2, default=(0.9, 0.999), help="betas of Adam")
+    group.add_argument("--clip_grad", type=float, default=None, help="largest L2 norm of the gradient")
+    group.add_argument("--momentum", type=float, default=0.9, help="for --opt sgd and its like")
+    group.add_argument("--weight_decay", type=float, default=0.05)
+    group.add_argument("--lr", type=float, default=5e-4, help="highest learning rate")
+    group.add_argument("--layer_decay", type=float, default=0.9, help="factor per layer from the top; 1 = none")
+    group.add_argument("--task_head_lr_weight", type=float, default=0, help="factor of the head; above 1 with --layer_decay 1")
+    group.add_argument("--warmup_lr", type=float, default=1e-6, help="no effect: the warm-up rises from 0")
+    group.add_argument("--min_lr", type=float, default=1e-6, help="where the cosine ends")
+    group.add_argument("--warmup_epochs", type=float, default=5)
+    group.add_argument("--warmup_steps", type=int, default=-1, help="instead of --warmup_epochs when above 0")
+    group.add_argument("--batch_size", type=int, default=64, help="per process")
+    group.add_argument("--eval_batch_size", type=int, default=None, help="per process; default 1.5 times --batch_size")
+    group.add_argument("--epochs", type=int, default=20)
+    group.add_argument("--update_freq", type=int, default=1, help="batches per step")
+
+
+def _add_data_flags(group: Any) -> None:
+    group.add_argument("--data_path", type=Path, default=Path("dataset"), help="folder with pictures and index files")
+    group.add_argument("--randaug", action="store_true", help="RandAugment on training pictures")
+    group.add_argument("--train_interpolation", default="bicubic", choices=["bicubic", "bilinear", "nearest", "lanczos", "random"])
+    group.add_argument("--num_workers", type=int, default=10, help="loader processes per process")
+    group.add_argument("--pin_mem", action="store_true", default=True, help="page-locked batches, for GPUs")
+    group.add_argument("--no_pin_mem", action="store_false", dest="pin_mem")
+    group.add_argument("--task_cache_path", type=Path, default=None, help="default --output_dir; for ground truth made once")
+
+
+def _add_run_flags(group: Any) -> None:
+    group.add_argument("--output_dir", default="", help="checkpoints, log.txt, submissions; nothing is kept without")
+    group.add_argument("--log_dir", default=None, help="TensorBoard files; default none")
+    group.add_argument("--device", default="auto", help="auto (GPU if there is one), cuda, cpu")
+    group.add_argument("--precision", default="auto", choices=["auto", "bf16", "fp16", "fp32"], help="auto: bf16 or fp16 on a GPU, fp32 on a CPU")
+    group.add_argument("--seed", type=int, default=0)
+    group.add_argument("--resume", default="", help="a full checkpoint to go on from")
+    group.add_argument("--auto_resume", action="store_true", default=True, help="go on from the newest checkpoint in --output_dir")
+    group.add_argument("--no_auto_resume", action="store_false", dest="auto_resume")
+    group.add_argument("--save_ckpt", action="store_true", default=True)
+    group.add_argument("--no_save_ckpt", action="store_false", dest="save_ckpt", help="write no checkpoint at all")
+    group.add_argument("--save_ckpt_freq", type=int, default=5, help="epochs between checkpoints")
+    group.add_argument("--start_epoch", type=int, default=0, help="first epoch when nothing is resumed")
+    group.add_argument("--eval", action="store_true", help="predict --split with --finetune and write the submission")
+    group.add_argument("--split", default="test", help="what --eval predicts: test, test-dev, val")
+    group.add_argument("--dist_eval", action="store_true", help="accepted; processes always share the evaluation, each example once")
+    group.add_argument("--world_size", type=int, default=1, help="no effect: the launcher says")
+    group.add_argument("--local_rank", "--local-rank", type=int, default=-1, help="no effect: the launcher's environment says")
+    group.add_argument("--dist_on_itp", action="store_true", help="read ranks from Open MPI's variables")
+    group.add_argument("--dist_url", default="env://", help="how processes find each other")
+
+
+def _add_task_flags(group: Any) -> None:
+    group.add_argument("--captioning_mask_prob", type=float, default=0.6)
+    group.add_argument("--drop_worst_ratio", type=float, default=0.2)
+    group.add_argument("--drop_worst_after", type=int, default=12000)
+    group.add_argument("--num_beams", type=int, default=3)
+    group.add_argument("--length_penalty", type=float, default=0.6)
+    group.add_argument("--label_smoothing", type=float, default=0.1)
+
+
+def _add_imagenet_flags(group: Any) -> None:
+    group.add_argument("--nb_classes", type=int, default=1000)
+    group.add_argument("--mixup", type=float, default=0)
+    group.add_argument("--cutmix", type=float, default=0)
+    group.add_argument("--cutmix_minmax", type=float, nargs="+", default=None)
+    group.add_argument("--mixup_prob", type=float, default=1.0)
+    group.add_argument("--mixup_switch_prob", type=float, default=0.5)
+    group.add_argument("--mixup_mode", default="batch")
+    group.add_argument("--color_jitter", type=float, default=0.4)
+    group.add_argument("--aa", default="rand-m9-mstd0.5-inc1")
+    group.add_argument("--smoothing", type=float, default=0.1)
+    group.add_argument("--crop_pct", type=float, default=None)
+    group.add_argument("--reprob", type=float, default=0.25)
+    group.add_argument("--remode", default="pixel")
+    group.add_argument("--recount", type=int, default=1)
+    group.add_argument("--resplit", action="store_true")
+
+
+def _add_deepspeed_flags(group: Any) -> None:
+    group.add_argument("--enable_deepspeed", "--deepspeed", action="store_true", help="train with DeepSpeed")
+    group.add_argument("--zero_stage", type=int, default=1, choices=[0, 1, 2, 3], help="1: optimizer state shared among processes, fp32 accumulation also in bf16, steps with a broken gradient skipped")
+    group.add_argument("--initial_scale_power", type=int, default=16, help="log2 of the first loss scale in fp16")
+    group.add_argument("--deepspeed_config", default=None, help="no effect: the configuration is made from the flags")
+    group.add_argument("--deepscale", action="store_true", help="no effect: DeepSpeed's old name")
+    group.add_argument("--deepscale_config", default=None, help="no effect: DeepSpeed's old name")
+
+
+def model_name(args: argparse.Namespace, task: type[Task]) -> str:
+    """The registered name: `--model` and the task's suffix, which may be there already."""
+    suffix = f"_{task.model_suffix}"
+    return args.model if args.model.endswith(suffix) else args.model + suffix
+
+
+def check_arguments(args: argparse.Namespace, task: type[Task]) -> list[str]:
+    """Every mistake in the arguments that can be seen without loading anything."""
+    problems = []
+    name = model_name(args, task)
+    if name not in MODEL_NAMES:
+        known = sorted(n.removesuffix(f"_{task.model_suffix}") for n in MODEL_NAMES if n.endswith(f"_{task.model_suffix}"))
+        problems.append(f"--model {args.model}: unknown for --task {args.task}; one of {', '.join(known)}")
+    elif str(args.input_size) != (pixels := re.search(r"patch\d+_(\d+)", name).group(1)):
+        problems.append(f"--input_size {args.input_size}: {args.model} takes pictures of {pixels} pixels")
+    if not args.sentencepiece_model.is_file():
+        problems.append(f"--sentencepiece_model {args.sentencepiece_model}: no such file")
+    for flag in ("finetune", "resume"):
+        if getattr(args, flag) and not Path(getattr(args, flag)).exists():
+            problems.append(f"--{flag} {getattr(args, flag)}: no such file or folder")
+    if args.eval and not args.finetune and not args.resume:
+        problems.append("--eval needs a checkpoint: --finetune FILE")
+    if args.eval and not args.output_dir:
+        problems.append("--eval needs --output_dir, where the submission is written")
+    for flag in ("batch_size", "epochs", "update_freq", "save_ckpt_freq", "vocab_size"):
+        if getattr(args, flag) < 1:
+            problems.append(f"--{flag} {getattr(args, flag)}: at least 1 is needed")
+    for flag in ("drop_path", "model_ema_decay", "label_smoothing"):
+        if not 0 <= getattr(args, flag) < 1:
+            problems.append(f"--{flag} {getattr(args, flag)}: wanted 0 ≤ value < 1")
+    if args.eval_batch_size is not None and args.eval_batch_size < 1:
+        problems.append(f"--eval_batch_size {args.eval_batch_size}: at least 1 is needed")
+    if args.model_ema and args.enable_deepspeed and args.zero_stage == 3:
+        problems.append("--model_ema does not work with --zero_stage 3 yet; use --zero_stage 2")
+    return problems
+
+
+def task_settings(args: argparse.Namespace) -> TaskSettings:
+    return TaskSettings(
+        data_path=args.data_path,
+        sentencepiece_model=args.sentencepiece_model,
+        image_size=args.input_size,
+        vocab_size=args.vocab_size,
+        num_max_bpe_tokens=args.num_max_bpe_tokens,
+        split=args.split,
+        randaug=args.randaug,
+        train_interpolation=args.train_interpolation,
+        seed=args.seed,
+    )
+
+
+def check_all(args: argparse.Namespace) -> Task:
+    """The task, when everything that can be checked without loading is right.
+
+    Raises:
+        InputError: listing every mistake.
+    """
+    if args.task not in TASKS:
+        raise InputError(f"--task {args.task} is not there yet; there is {', '.join(TASKS)}")
+    task = TASKS[args.task](task_settings(args))
+    problems = check_arguments(args, type(task)) + task.check(training=not args.eval)
+    if not problems and task.tokenizer.vocab_size > args.vocab_size:
+        problems.append(
+            f"--sentencepiece_model {args.sentencepiece_model} makes ids up to {task.tokenizer.vocab_size - 1}, "
+            f"the model has --vocab_size {args.vocab_size}: is it the tokenizer of these weights?"
+        )
+    if problems:
+        raise InputError(problems)
+    return task
+
+
+def describe_model(args: argparse.Namespace, task: Task) -> dict[str, Any]:
+    """What a checkpoint says of itself, so that prediction needs no other file."""
+    return {
+        "format": FORMAT,
+        "model": model_name(args, type(task)),
+        "task": task.name,
+        "image_size": args.input_size,
+        "vocab_size": args.vocab_size,
+        "num_max_bpe_tokens": args.num_max_bpe_tokens,
+        "tokenizer_sha256": task.tokenizer.sha256,
+        **task.describe(),
+    }
+
+
+def check_description(description: dict[str, Any], args: argparse.Namespace, task: Task) -> None:
+    """A checkpoint that says what it is must be what the command line says.
+
+    Raises:
+        InputError: listing every difference.
+    """
+    said = {
+        "model": model_name(args, type(task)),
+        "task": task.name,
+        "image_size": args.input_size,
+        "vocab_size": args.vocab_size,
+        "tokenizer_sha256": task.tokenizer.sha256,
+    }
+    problems = [
+        f"{args.finetune}: made with {key} {description[key]}, the command line says {value}"
+        for key, value in said.items()
+        if key in description and description[key] != value
+    ]
+    if problems:
+        raise InputError(problems)
+
+
+def build_model(args: argparse.Namespace, task: Task, checkpoint: Checkpoint | None) -> BEiT3Model:
+    """The model on the CPU, with the checkpoint's weights in it if there is one."""
+    utils.seed_everything(args.seed)
+    model = timm.create_model(
+        model_name(args, type(task)),
+        vocab_size=args.vocab_size,
+        drop_path_rate=args.drop_path,
+        checkpoint_activations=args.checkpoint_activations,
+        **task.model_options({} if checkpoint is None else checkpoint.state_dict),
+    )
+    if checkpoint is not None:
+        report = load_weights(model, checkpoint, new_head=not args.eval)
+        logger.info("%s: %s", checkpoint.path, report)
+    elif not args.resume:
+        logger.info("no --finetune: training starts from fresh weights")
+    return model
+
+
+def evaluation_loader(args: argparse.Namespace, dataset: ImageTextDataset, process: utils.Process) -> DataLoader:
+    batch_size = args.eval_batch_size or int(1.5 * args.batch_size)
+    sampler = EvaluationSampler(len(dataset), batch_size, process.rank, process.world_size)
+    return build_loader(dataset, sampler, args.num_workers, args.pin_mem and process.device.type == "cuda")
+
+
+def check_pictures(args: argparse.Namespace, process: utils.Process, *datasets: ImageTextDataset) -> None:
+    """A quick look at every picture before anything long starts, by the first process for all.
+
+    Raises:
+        InputError: on every process, listing the pictures that cannot be read.
+    """
+    problems: list[str] = []
+    if process.is_main:
+        paths = sorted({path for dataset in datasets for path in dataset.image_paths()})
+        problems = screen_images(paths, args.data_path)
+    problems = utils.broadcast(problems)
+    if problems:
+        raise InputError(problems)
+
+
+def build_backend(args: argparse.Namespace, model: BEiT3Model, process: utils.Process) -> Backend:
+    settings = BackendSettings(
+        precision=choose_precision(args.precision, process.device),
+        update_freq=args.update_freq,
+        clip_grad=args.clip_grad,
+        batch_size=args.batch_size,
+        zero_stage=args.zero_stage,
+        initial_scale_power=args.initial_scale_power,
+    )
+    groups = parameter_groups(model, args.weight_decay, args.layer_decay, args.task_head_lr_weight)
+    optimizer = create_optimizer(
+        groups, args.opt, lr=args.lr, eps=args.opt_eps, betas=tuple(args.opt_betas), momentum=args.momentum
+    )
+    if args.enable_deepspeed:
+        from beit3.deepspeed_backend import DeepSpeedBackend
+
+        return DeepSpeedBackend(model, optimizer, settings)
+    return PlainBackend(model, optimizer, settings)
+
+
+@dataclass
+class Progress:
+    """Where a run stands: the next epoch, and the best validation so far."""
+
+    epoch: int = 0
+    best: float = -math.inf
+    best_epoch: int = -1
+
+
+def train(args: argparse.Namespace, task: Task, process: utils.Process) -> None:
+    """Fine-tune, validate after each epoch, keep the best."""
+    checkpoint = read_checkpoint(args.finetune, args.model_key, args.model_prefix) if args.finetune else None
+    train_set, val_set = task.dataset("train", training=True), task.dataset("val", training=False)
+    check_pictures(args, process, train_set, val_set)
+    sampler = EpochSampler(
+        len(train_set), args.batch_size, args.update_freq, process.rank, process.world_size, args.seed
+    )
+    pin_memory = args.pin_mem and process.device.type == "cuda"
+    model = build_model(args, task, checkpoint).to(process.device)
+    backend = build_backend(args, model, process)
+    ema = None
+    if args.model_ema:
+        ema = ModelEma(backend.full_parameters(), args.model_ema_decay, args.model_ema_force_cpu)
+    steps_per_epoch = sampler.steps_per_epoch
+    run = TrainingRun(
+        task,
+        backend,
+        process,
+        loader=build_loader(train_set, sampler, args.num_workers, pin_memory),
+        schedule=cosine_schedule(
+            args.lr,
+            args.min_lr,
+            epochs=args.epochs,
+            steps_per_epoch=steps_per_epoch,
+            warmup_epochs=args.warmup_epochs,
+            warmup_steps=args.warmup_steps,
+        ),
+        update_freq=args.update_freq,
+        seed=args.seed,
+        ema=ema,
+        writer=_open_writer(args, process),
+    )
+    progress = _resume(args, backend, ema) or Progress(epoch=args.start_epoch)
+    val_loader = evaluation_loader(args, val_set, process)
+    parameters = sum(p.numel() for p in model.parameters())
+    logger.info(
+        "%s: %.1f M parameters, %d training and %d validation examples, %d steps of %d pairs per epoch, %s on %d × %s",
+        model_name(args, type(task)), parameters / 1e6, len(train_set), len(val_set), steps_per_epoch,
+        args.batch_size * args.update_freq * process.world_size,
+        backend.settings.precision, process.world_size, process.device.type,
+    )  # fmt: skip
+    for epoch in range(progress.epoch, args.epochs):
+        training = train_one_epoch(run, epoch, steps_per_epoch)
+        validation, best_weights = _validate(run, val_loader, epoch)
+        progress = _keep_best(args, run, progress, epoch, validation, best_weights)
+        if args.output_dir and args.save_ckpt and ((epoch + 1) % args.save_ckpt_freq == 0 or epoch + 1 == args.epochs):
+            _save(args, run, progress)
+        _log_epoch(args, process, epoch, training, validation, parameters)
+    if progress.best_epoch >= 0:
+        logger.info("best validation %s %.2f, after epoch %d", task.best_metric, progress.best, progress.best_epoch)
+
+
+def _validate(run: TrainingRun, loader: DataLoader, epoch: int) -> tuple[dict[str, float], str]:
+    """Scores of the weights, and of their average when one is kept; and which of the two is better."""
+    evaluate_now = functools.partial(
+        evaluate,
+        run.task,
+        run.backend.model,
+        loader,
+        run.process,
+        autocast=run.backend.autocast,
+        input_dtype=run.backend.input_dtype,
+    )
+    metrics = run.task.metrics(evaluate_now(what=f"validation after epoch {epoch}"))
+    if run.ema is None:
+        return metrics, "weights"
+    with run.ema.applied_to(run.backend.module):
+        averaged = run.task.metrics(evaluate_now(what=f"validation of the averaged weights after epoch {epoch}"))
+    best = "average" if averaged[run.task.best_metric] > metrics[run.task.best_metric] else "weights"
+    return {**metrics, **{f"ema_{name}": value for name, value in averaged.items()}}, best
+
+
+def _keep_best(
+    args: argparse.Namespace,
+    run: TrainingRun,
+    progress: Progress,
+    epoch: int,
+    validation: dict[str, float],
+    best_weights: str,
+) -> Progress:
+    """The progress after this epoch; writes `checkpoint-best` when the validation metric improved."""
+    metric = run.task.best_metric
+    score = validation[metric if best_weights == "weights" else f"ema_{metric}"]
+    if score <= progress.best:
+        return Progress(epoch + 1, progress.best, progress.best_epoch)
+    if args.output_dir and args.save_ckpt:
+        averages = run.ema.averages.items() if best_weights == "average" else run.backend.full_parameters()
+        weights = {name: tensor.detach().float().cpu() for name, tensor in averages}
+        description = {**describe_model(args, run.task), "epoch": epoch, metric: score, "from": best_weights}
+        if run.process.is_main:
+            write_weights(Path(args.output_dir) / f"checkpoint-best{run.backend.suffix}", weights, description)
+        utils.barrier()
+    return Progress(epoch + 1, score, epoch)
+
+
+def _save(args: argparse.Namespace, run: TrainingRun, progress: Progress) -> None:
+    path = Path(args.output_dir) / f"checkpoint-{progress.epoch - 1}{run.backend.suffix}"
+    extra = {
+        "description": describe_model(args, run.task),
+        "progress": asdict(progress),
+        "ema": None if run.ema is None else run.ema.averages,
+    }
+    run.backend.save(path, extra)
+
+
+def _resume(args: argparse.Namespace, backend: Backend, ema: ModelEma | None) -> Progress | None:
+    """Go on from `--resume`, or from the newest checkpoint in `--output_dir`; None when there is none."""
+    path = Path(args.resume) if args.resume else None
+    if path is None and args.auto_resume and args.output_dir:
+        path = newest_checkpoint(Path(args.output_dir), backend.suffix)
+    if path is None:
+        return None
+    extra = backend.load(path)
+    if ema is not None:
+        if extra.get("ema") is None:
+            raise InputError(f"{path}: has no average of the weights; leave --model_ema out, or start anew")
+        ema.load(extra["ema"])
+    progress = Progress(**extra["progress"])
+    logger.info("%s: going on with epoch %d", path, progress.epoch)
+    return progress
+
+
+def _open_writer(args: argparse.Namespace, process: utils.Process) -> Any:
+    if not args.log_dir or not process.is_main:
+        return None
+    from torch.utils.tensorboard import SummaryWriter  # slow to import
+
+    return SummaryWriter(args.log_dir)
+
+
+def _log_epoch(
+    args: argparse.Namespace,
+    process: utils.Process,
+    epoch: int,
+    training: dict[str, float],
+    validation: dict[str, float],
+    parameters: int,
+) -> None:
+    entry = {f"train_{name}": value for name, value in training.items()}
+    entry |= {f"val_{name}": value for name, value in validation.items()}
+    entry |= {"epoch": epoch, "n_parameters": parameters}
+    logger.info(
+        "epoch %d: %s", epoch, "  ".join(f"{k} {v:.4g}" for k, v in entry.items() if k not in ("epoch", "n_parameters"))
+    )
+    if args.output_dir and process.is_main:
+        with (Path(args.output_dir) / "log.txt").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+
+
+def predict(args: argparse.Namespace, task: Task, process: utils.Process) -> None:
+    """Answer a split with a checkpoint; write the submission, and the scores where the right answers are known."""
+    checkpoint = read_checkpoint(args.finetune or args.resume, args.model_key, args.model_prefix)
+    check_description(checkpoint.description, args, task)
+    task.adopt(checkpoint.description)
+    dataset = task.dataset(args.split, training=False)
+    check_pictures(args, process, dataset)
+    model = build_model(args, task, checkpoint).to(process.device)
+    precision = choose_precision(args.precision, process.device)
+    autocast = nullcontext if precision == "fp32" else functools.partial(torch.autocast, process.device.type, DTYPES[precision])
+    loader = evaluation_loader(args, dataset, process)
+    records = evaluate(task, model, loader, process, autocast=autocast, what=f"predicting {args.split}")
+    if len(records) != len(dataset):
+        raise RuntimeError(f"{len(records)} predictions for {len(dataset)} examples")
+    if process.is_main:
+        _write_results(Path(args.output_dir), task, records)
+
+
+def _write_results(folder: Path, task: Task, records: list[Record]) -> None:
+    submission = folder / task.submission_file()
+    with atomic_write(submission) as file:
+        json.dump(task.submission(records), file)
+    logger.info("%s: %d predictions", submission, len(records))
+    report = task.report(records)
+    if report is None:
+        return
+    with atomic_write(folder / task.report_file()) as file:
+        json.dump(report, file, indent=2)
+    for line in task.report_lines(report):
+        logger.info("%s", line)
+    logger.info("scores written to %s", folder / task.report_file())
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = get_args(argv)
+    utils.set_up_logging(is_main=True)
+    try:
+        process = utils.start_processes(args.device, on_itp=args.dist_on_itp, init_method=args.dist_url)
+        utils.set_up_logging(process.is_main)
+        task = check_all(args)
+        if args.output_dir:
+            Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+        (predict if args.eval else train)(args, task, process)
+    except (InputError, ValueError) as error:
+        if int(os.environ.get("RANK", "0")) == 0:
+            logger.error("%s", error)
+        return 2
+    finally:
+        utils.stop_processes()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

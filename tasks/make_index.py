@@ -1,0 +1,31 @@
+"""`python -m tasks.make_index TASK DATA_PATH SPM`: make a task's index files unless they are there.
+
+The same as calling the data set's `make_dataset_index` in a Python shell.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from beit3.errors import InputError
+from tasks import TASKS
+
+
+def main(task_name: str, data_path: str, tokenizer_path: str) -> int:
+    try:
+        if task_name not in TASKS:
+            raise InputError(f"task {task_name} is not there yet; there is {', '.join(TASKS)}")
+        if not Path(tokenizer_path).is_file():
+            raise InputError(f"{tokenizer_path}: no such tokenizer file")
+        TASKS[task_name].make_index(Path(data_path), tokenizer_path)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 4:
+        sys.exit(__doc__)
+    sys.exit(main(*sys.argv[1:]))

@@ -1,0 +1,288 @@
+"""Pictures are decoded as Pillow does it; hostile, broken and misnamed files are refused by name."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import struct
+import time
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageFile
+
+from beit3 import images
+from beit3.images import ImageError, decode_image, normalize, screen_images
+
+
+def _gradient(width: int = 40, height: int = 30) -> Image.Image:
+    """Smooth, so that JPEG keeps it, and different in every direction and channel."""
+    y, x = np.mgrid[:height, :width]
+    channels = [x * 255 // (width - 1), y * 255 // (height - 1), (x + y) * 255 // (width + height - 2)]
+    return Image.fromarray(np.stack(channels, axis=-1).astype(np.uint8))
+
+
+def _save(path: Path, image: Image.Image, **options) -> Path:
+    image.save(path, **options)
+    return path
+
+
+def _by_pillow(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB")).transpose(2, 0, 1).astype(int)
+
+
+def _png_chunk(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def _png(width: int, height: int, depth: int, color_type: int, rows: bytes) -> bytes:
+    header = struct.pack(">IIBBBBB", width, height, depth, color_type, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(_png_chunk(kind, content) for kind, content in chunks)
+
+
+KINDS = {
+    "rgb.jpg": ("RGB", {"quality": 90}),
+    "progressive.jpeg": ("RGB", {"quality": 90, "progressive": True}),
+    "grey.jpg": ("L", {"quality": 90}),
+    "cmyk.jpg": ("CMYK", {"quality": 90}),
+    "UPPER.JPG": ("RGB", {"quality": 90, "format": "JPEG"}),
+    "rgb.png": ("RGB", {}),
+    "transparent.png": ("RGBA", {}),
+    "palette.png": ("P", {}),
+    "palette_transparent.png": ("P", {"transparency": bytes(range(256))}),
+    "grey.png": ("L", {}),
+    "grey_transparent.png": ("LA", {}),
+    "two_tone.png": ("1", {}),
+    "lossy.webp": ("RGB", {"quality": 80}),
+    "lossless.webp": ("RGBA", {"lossless": True}),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Palette images with Transparency")  # Pillow's, about the test's own decoding
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_of_picture_has_the_pixels_that_pillow_sees(tmp_path, name):
+    mode, options = KINDS[name]
+    path = _save(tmp_path / name, _gradient().convert(mode), **options)
+    pixels = decode_image(path)
+    assert pixels.dtype == torch.uint8 and pixels.shape == (3, 30, 40)
+    assert pixels.permute(1, 2, 0).is_contiguous()  # resizing is fast on this layout only
+    assert np.abs(pixels.numpy().astype(int) - _by_pillow(path)).max() <= (1 if mode in ("RGB", "L") else 0)
+
+
+def test_jpegs_are_decoded_by_torchvision_and_without_it_by_pillow_to_the_same_pixels(tmp_path, monkeypatch):
+    path = _save(tmp_path / "a.jpg", _gradient())
+    calls = []
+    decoder = images._jpeg_decoder
+    monkeypatch.setattr(images, "_jpeg_decoder", lambda *arguments: calls.append(1) or decoder(*arguments))
+    fast = decode_image(path)
+    assert calls == [1]
+    monkeypatch.setattr(images, "_jpeg_decoder", None)
+    assert (decode_image(path).int() - fast.int()).abs().max() <= 1
+
+
+def test_sixteen_bit_grey_keeps_its_high_byte(tmp_path):
+    rows = b"".join(b"\x00" + struct.pack(">3H", *row) for row in [(0, 255, 256), (0x1234, 0x8000, 0xFFFF)])
+    (tmp_path / "deep.png").write_bytes(_png(3, 2, 16, 0, rows))
+    expected = torch.tensor([[0, 0, 1], [0x12, 0x80, 0xFF]], dtype=torch.uint8)
+    assert torch.equal(decode_image(tmp_path / "deep.png"), expected.expand(3, 2, 3))
+
+
+def test_the_orientation_in_exif_is_not_applied(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # "rotate by 90°"
+    path = _save(tmp_path / "turned.jpg", _gradient(), exif=exif)
+    assert decode_image(path).shape == (3, 30, 40)
+    assert np.abs(decode_image(path).numpy().astype(int) - _by_pillow(path)).max() <= 1
+
+
+@pytest.mark.parametrize("make, problem", [
+    (lambda path: None, "No such file"),
+    (lambda path: path.write_bytes(b""), "empty file"),
+    (lambda path: path.mkdir(), "not a file"),
+    (lambda path: os.mkfifo(path), "not a file"),  # and does not wait for a writer
+    (lambda path: path.write_bytes(b"no picture at all"), "not a JPEG, PNG or WebP picture"),
+    (lambda path: _gradient().save(path, "PNG"), "holds PNG data"),
+    (lambda path: _gradient().save(path, "GIF"), "not a JPEG, PNG or WebP picture.*GIF89a|GIF87a"),
+    (lambda path: _gradient().save(path, "EPS"), "not a JPEG, PNG or WebP picture"),
+])
+def test_what_is_no_jpeg_is_refused_naming_the_file(tmp_path, make, problem):
+    path = tmp_path / "COCO_1.jpg"
+    make(path)
+    with pytest.raises(ImageError, match=problem) as caught:
+        decode_image(path)
+    assert str(caught.value).startswith(f"{path}: ")
+
+
+def test_an_unknown_ending_is_refused_whatever_is_inside(tmp_path):
+    path = _save(tmp_path / "a.bmp", _gradient(), format="PNG")
+    with pytest.raises(ImageError, match=r"must end in one of \.jpg, \.jpeg, \.png, \.webp"):
+        decode_image(path)
+
+
+def test_the_pixel_limit_is_inclusive(tmp_path):
+    path = _save(tmp_path / "a.jpg", _gradient(40, 30))
+    assert decode_image(path, pixel_limit=1200).shape == (3, 30, 40)
+    with pytest.raises(ImageError, match=r"40x30, more pixels than the limit of 0\.001199 megapixels"):
+        decode_image(path, pixel_limit=1199)
+
+
+def _claiming(format: str, width: int, height: int) -> bytes:
+    """A small picture whose header claims another size."""
+    if format == "PNG":
+        return _png(width, height, 8, 2, b"")
+    buffer = io.BytesIO()
+    _gradient(16, 16).save(buffer, format, lossless=True)
+    data = bytearray(buffer.getvalue())
+    if format == "JPEG":
+        frame = data.index(b"\xff\xc0")  # start of frame: marker, length 2, precision 1, height 2, width 2
+        data[frame + 5 : frame + 9] = struct.pack(">HH", height, width)
+    else:
+        bits = data.index(b"VP8L") + 9  # 14 bits of width - 1, 14 of height - 1
+        flags = struct.unpack_from("<I", data, bits)[0] >> 28 << 28
+        struct.pack_into("<I", data, bits, flags | (height - 1) << 14 | (width - 1))
+    return bytes(data)
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("format, width, height", [
+    ("JPEG", 8000, 8000), ("JPEG", 11000, 11000), ("JPEG", 60000, 60000),
+    ("PNG", 8000, 8000), ("PNG", 11000, 11000), ("PNG", 2_000_000_000, 2_000_000_000),
+    ("WEBP", 8000, 8000), ("WEBP", 16383, 16383),
+])  # below and above the limits at which Pillow warns and refuses by itself
+def test_a_header_that_claims_too_many_pixels_is_refused_before_decoding(tmp_path, monkeypatch, format, width, height):
+    path = tmp_path / f"bomb.{format.lower()}"
+    path.write_bytes(_claiming(format, width, height))
+    monkeypatch.setattr(images, "_jpeg_decoder", lambda *_: pytest.fail("decoded"))
+    monkeypatch.setattr(images, "_decode_with_pillow", lambda _: pytest.fail("decoded"))
+    with pytest.raises(ImageError, match="more pixels than the limit of 50 megapixels"):
+        decode_image(path)
+
+
+def test_a_huge_file_is_refused_without_reading_it(tmp_path):
+    path = tmp_path / "huge.jpg"
+    path.touch()
+    os.truncate(path, 1 << 40)  # sparse: takes no room
+    with pytest.raises(ImageError, match="file of 1099511627776 bytes, more than the 400000000"):
+        decode_image(path)
+
+
+@pytest.mark.parametrize("someone_tolerates_truncation", [False, True])
+@pytest.mark.parametrize("name", ["rgb.jpg", "progressive.jpeg", "cmyk.jpg", "rgb.png", "palette.png", "lossy.webp"])
+def test_a_truncated_picture_is_refused_wherever_it_is_cut(tmp_path, monkeypatch, name, someone_tolerates_truncation):
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", someone_tolerates_truncation)
+    mode, options = KINDS[name]
+    path = _save(tmp_path / name, _gradient(200, 150).convert(mode), **options)
+    whole = path.read_bytes()
+    decode_image(path)
+    for kept in [1, 20, 100, len(whole) // 2, len(whole) * 9 // 10, len(whole) - 13, len(whole) - 2]:
+        path.write_bytes(whole[:kept])
+        with pytest.raises(ImageError):
+            decode_image(path)
+
+
+def test_corrupt_png_data_is_refused_saying_what_is_wrong(tmp_path):
+    path = _save(tmp_path / "a.png", _gradient(200, 150))
+    data = bytearray(path.read_bytes())
+    data[100] ^= 1  # in the pixels, whose chunk begins after the signature (8 bytes) and the header (25)
+    path.write_bytes(data)
+    with pytest.raises(ImageError, match=r"a\.png: truncated or corrupt PNG data \(wrong checksum of chunk IDAT at"):
+        decode_image(path)
+
+
+def test_corrupt_jpeg_data_is_refused_with_the_decoders_words(tmp_path):
+    path = _save(tmp_path / "a.jpg", _gradient(200, 150))
+    data = bytearray(path.read_bytes())
+    tables = data.index(b"\xff\xc4")  # Huffman tables: marker, length 2, class and number 1, 16 counts
+    data[tables + 5 : tables + 21] = b"\xff" * 16
+    path.write_bytes(data)
+    with pytest.raises(ImageError, match=r"a\.jpg: truncated or corrupt JPEG data \([A-Za-z].*\)$"):
+        decode_image(path)
+
+
+def test_an_error_survives_the_way_out_of_a_worker():
+    error = pickle.loads(pickle.dumps(ImageError("train2014/x.jpg", "empty file")))
+    assert type(error) is ImageError and str(error) == "train2014/x.jpg: empty file"
+
+
+def test_screening_reports_what_cannot_be_read_in_order_and_nothing_else(tmp_path, monkeypatch):
+    monkeypatch.setattr(images, "_CHUNK", 3)
+    whole = _save(tmp_path / "good.jpg", _gradient()).read_bytes()
+    (tmp_path / "padded.jpg").write_bytes(whole + b"\x00" * 16)  # odd at its end, but every decoder reads it
+    (tmp_path / "cut.jpg").write_bytes(whole[:-30])
+    (tmp_path / "empty.jpg").touch()
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "bomb.png").write_bytes(_claiming("PNG", 60000, 60000))
+    for name in ["good.png", "good.webp"]:
+        _gradient().save(tmp_path / name)
+    _gradient().save(tmp_path / "misnamed.png", "WEBP")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "good.png").read_bytes()[:-1])
+    (tmp_path / "cut.webp").write_bytes((tmp_path / "good.webp").read_bytes()[:-1])
+    good = ["good.jpg", "padded.jpg", "good.png", "good.webp"]
+    bad = ["cut.webp", "cut.jpg", "missing.jpg", "empty.jpg", "pipe.jpg", "bomb.png", "misnamed.png", "cut.png"]
+    problems = screen_images([*good, *bad, *good], tmp_path, workers=3)
+    assert [problem.split(": ")[0] for problem in problems] == [str(tmp_path / name) for name in bad]
+    assert "No such file" in problems[2] and "empty" in problems[3] and "holds WEBP data" in problems[6]
+
+
+def test_screening_decodes_only_what_looks_odd(tmp_path, monkeypatch):
+    names = [_save(tmp_path / f"good.{ending}", _gradient()).name for ending in ("jpg", "png", "webp")]
+    monkeypatch.setattr(images, "decode_image", lambda path: pytest.fail(f"decoded {path}"))
+    assert screen_images(names, tmp_path) == []
+
+
+def test_screening_lists_twenty_problems_and_looks_no_further(tmp_path, monkeypatch):
+    screened = []
+
+    def screen_slowly(files, limit):
+        screened.append(files)
+        time.sleep(0.01)
+        return [f"{file}: bad" for file in files[:15]]
+
+    monkeypatch.setattr(images, "_screen_chunk", screen_slowly)
+    problems = screen_images([f"{i}.jpg" for i in range(50_000)], tmp_path, workers=1)
+    numbers = [*range(15), *range(512, 517)]
+    assert problems == [f"{tmp_path}/{i}.jpg: bad" for i in numbers]
+    assert len(screened) < 20  # of 98
+
+
+def test_screening_a_missing_folder_decodes_twenty_files_of_it_and_no_more(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(images, "decode_image", lambda file: calls.append(file) or decode_image(file))
+    problems = screen_images([f"{i}.jpg" for i in range(512)], tmp_path / "missing")
+    assert problems == [f"{tmp_path}/missing/{i}.jpg: No such file or directory" for i in range(20)]
+    assert len(calls) == 20
+
+
+def test_screening_nothing_finds_nothing(tmp_path):
+    assert screen_images([], tmp_path) == []
+
+
+def test_normalised_values_are_in_minus_one_to_one():
+    levels = torch.tensor([0, 51, 102, 255], dtype=torch.uint8).reshape(1, 1, 2, 2).expand(2, 3, 2, 2)
+    result = normalize(levels)
+    assert result.dtype == torch.float32 and result.shape == (2, 3, 2, 2)
+    torch.testing.assert_close(result[1, 2], torch.tensor([[-1.0, -0.6], [-0.2, 1.0]]))
+
+
+def test_normalising_takes_a_mean_and_deviation_per_channel():
+    white = torch.full((1, 3, 1, 1), 255, dtype=torch.uint8)
+    result = normalize(white, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+    torch.testing.assert_close(result.flatten(), torch.tensor([2.2489083, 2.4285714, 2.64]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_normalising_to_half_precision_rounds_once(dtype):
+    levels = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16).expand(1, 3, 16, 16)
+    exact = (torch.arange(256, dtype=torch.float64) / 255 - 0.485) / 0.229
+    assert torch.equal(normalize(levels, 0.485, 0.229, dtype)[0, 0].flatten(), exact.to(torch.float32).to(dtype))
+
+
+def test_normalising_what_is_normalised_already_is_a_mistake():
+    with pytest.raises(AssertionError, match="expected uint8"):
+        normalize(torch.zeros(1, 3, 2, 2))
