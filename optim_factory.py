@@ -49,9 +49,7 @@ def parameter_groups(
         plain = parameter.ndim <= 1 or name.endswith(".bias") or name in spared
         decay = 0.0 if plain else weight_decay
         scale = lr_scale(name, model.num_layers, layer_decay, task_head_lr_weight)
-        group = groups.setdefault(
-            (decay, scale), {"params": [], "names": [], "weight_decay": decay, "lr_scale": scale}
-        )
+        group = groups.setdefault((decay, scale), {"params": [], "names": [], "weight_decay": decay, "lr_scale": scale})
         group["params"].append(parameter)
         group["names"].append(name)
     return list(groups.values())

@@ -66,7 +66,9 @@ def _add_model_flags(group: Any) -> None:
     group.add_argument("--model_ema", action="store_true", help="keep an average of the weights, validate it, save it")
     group.add_argument("--model_ema_decay", type=float, default=0.9999, help="per step")
     group.add_argument("--model_ema_force_cpu", action="store_true", help="keep the average in the CPU's memory")
-    group.add_argument("--finetune", default="", help="weights to start from or to predict with: .pth, .safetensors, folder")
+    group.add_argument(
+        "--finetune", default="", help="weights to start from or to predict with: .pth, .safetensors, folder"
+    )
     group.add_argument("--model_key", default="model|module", help="where a .pth keeps its state dict")
     group.add_argument("--model_prefix", default="", help="put before each key of --finetune")
 
@@ -80,7 +82,9 @@ def _add_optimizer_flags(group: Any) -> None:
     group.add_argument("--weight_decay", type=float, default=0.05)
     group.add_argument("--lr", type=float, default=5e-4, help="highest learning rate")
     group.add_argument("--layer_decay", type=float, default=0.9, help="factor per layer from the top; 1 = none")
-    group.add_argument("--task_head_lr_weight", type=float, default=0, help="factor of the head; above 1 with --layer_decay 1")
+    group.add_argument(
+        "--task_head_lr_weight", type=float, default=0, help="factor of the head; above 1 with --layer_decay 1"
+    )
     group.add_argument("--warmup_lr", type=float, default=1e-6, help="no effect: the warm-up rises from 0")
     group.add_argument("--min_lr", type=float, default=1e-6, help="where the cosine ends")
     group.add_argument("--warmup_epochs", type=float, default=5)
@@ -94,21 +98,32 @@ def _add_optimizer_flags(group: Any) -> None:
 def _add_data_flags(group: Any) -> None:
     group.add_argument("--data_path", type=Path, default=Path("dataset"), help="folder with pictures and index files")
     group.add_argument("--randaug", action="store_true", help="RandAugment on training pictures")
-    group.add_argument("--train_interpolation", default="bicubic", choices=["bicubic", "bilinear", "nearest", "lanczos", "random"])
+    group.add_argument(
+        "--train_interpolation", default="bicubic", choices=["bicubic", "bilinear", "nearest", "lanczos", "random"]
+    )
     group.add_argument("--num_workers", type=int, default=10, help="loader processes per process")
     group.add_argument("--pin_mem", action="store_true", default=True, help="page-locked batches, for GPUs")
     group.add_argument("--no_pin_mem", action="store_false", dest="pin_mem")
-    group.add_argument("--task_cache_path", type=Path, default=None, help="default --output_dir; for ground truth made once")
+    group.add_argument(
+        "--task_cache_path", type=Path, default=None, help="default --output_dir; for ground truth made once"
+    )
 
 
 def _add_run_flags(group: Any) -> None:
     group.add_argument("--output_dir", default="", help="checkpoints, log.txt, submissions; nothing is kept without")
     group.add_argument("--log_dir", default=None, help="TensorBoard files; default none")
     group.add_argument("--device", default="auto", help="auto (GPU if there is one), cuda, cpu")
-    group.add_argument("--precision", default="auto", choices=["auto", "bf16", "fp16", "fp32"], help="auto: bf16 or fp16 on a GPU, fp32 on a CPU")
+    group.add_argument(
+        "--precision",
+        default="auto",
+        choices=["auto", "bf16", "fp16", "fp32"],
+        help="auto: bf16 or fp16 on a GPU, fp32 on a CPU",
+    )
     group.add_argument("--seed", type=int, default=0)
     group.add_argument("--resume", default="", help="a full checkpoint to go on from")
-    group.add_argument("--auto_resume", action="store_true", default=True, help="go on from the newest checkpoint in --output_dir")
+    group.add_argument(
+        "--auto_resume", action="store_true", default=True, help="go on from the newest checkpoint in --output_dir"
+    )
     group.add_argument("--no_auto_resume", action="store_false", dest="auto_resume")
     group.add_argument("--save_ckpt", action="store_true", default=True)
     group.add_argument("--no_save_ckpt", action="store_false", dest="save_ckpt", help="write no checkpoint at all")
@@ -116,9 +131,13 @@ def _add_run_flags(group: Any) -> None:
     group.add_argument("--start_epoch", type=int, default=0, help="first epoch when nothing is resumed")
     group.add_argument("--eval", action="store_true", help="predict --split with --finetune and write the submission")
     group.add_argument("--split", default="test", help="what --eval predicts: test, test-dev, val")
-    group.add_argument("--dist_eval", action="store_true", help="accepted; processes always share the evaluation, each example once")
+    group.add_argument(
+        "--dist_eval", action="store_true", help="accepted; processes always share the evaluation, each example once"
+    )
     group.add_argument("--world_size", type=int, default=1, help="no effect: the launcher says")
-    group.add_argument("--local_rank", "--local-rank", type=int, default=-1, help="no effect: the launcher's environment says")
+    group.add_argument(
+        "--local_rank", "--local-rank", type=int, default=-1, help="no effect: the launcher's environment says"
+    )
     group.add_argument("--dist_on_itp", action="store_true", help="read ranks from Open MPI's variables")
     group.add_argument("--dist_url", default="env://", help="how processes find each other")
 
@@ -152,7 +171,13 @@ def _add_imagenet_flags(group: Any) -> None:
 
 def _add_deepspeed_flags(group: Any) -> None:
     group.add_argument("--enable_deepspeed", "--deepspeed", action="store_true", help="train with DeepSpeed")
-    group.add_argument("--zero_stage", type=int, default=1, choices=[0, 1, 2, 3], help="1: optimizer state shared among processes, fp32 accumulation also in bf16, steps with a broken gradient skipped")
+    group.add_argument(
+        "--zero_stage",
+        type=int,
+        default=1,
+        choices=[0, 1, 2, 3],
+        help="1: optimizer state shared among processes, fp32 accumulation also in bf16, steps with a broken gradient skipped",
+    )
     group.add_argument("--initial_scale_power", type=int, default=16, help="log2 of the first loss scale in fp16")
     group.add_argument("--deepspeed_config", default=None, help="no effect: the configuration is made from the flags")
     group.add_argument("--deepscale", action="store_true", help="no effect: DeepSpeed's old name")
@@ -168,9 +193,9 @@ def model_name(args: argparse.Namespace, task: type[Task]) -> str:
 def check_arguments(args: argparse.Namespace, task: type[Task]) -> list[str]:
     """Every mistake in the arguments that can be seen without loading anything."""
     problems = []
-    name = model_name(args, task)
+    name, ending = model_name(args, task), f"_{task.model_suffix}"
     if name not in MODEL_NAMES:
-        known = sorted(n.removesuffix(f"_{task.model_suffix}") for n in MODEL_NAMES if n.endswith(f"_{task.model_suffix}"))
+        known = sorted(n.removesuffix(ending) for n in MODEL_NAMES if n.endswith(ending))
         problems.append(f"--model {args.model}: unknown for --task {args.task}; one of {', '.join(known)}")
     elif str(args.input_size) != (pixels := re.search(r"patch\d+_(\d+)", name).group(1)):
         problems.append(f"--input_size {args.input_size}: {args.model} takes pictures of {pixels} pixels")
@@ -493,7 +518,11 @@ def predict(args: argparse.Namespace, task: Task, process: utils.Process) -> Non
     check_pictures(args, process, dataset)
     model = build_model(args, task, checkpoint).to(process.device)
     precision = choose_precision(args.precision, process.device)
-    autocast = nullcontext if precision == "fp32" else functools.partial(torch.autocast, process.device.type, DTYPES[precision])
+    autocast = (
+        nullcontext
+        if precision == "fp32"
+        else functools.partial(torch.autocast, process.device.type, DTYPES[precision])
+    )
     loader = evaluation_loader(args, dataset, process)
     records = evaluate(task, model, loader, process, autocast=autocast, what=f"predicting {args.split}")
     if len(records) != len(dataset):

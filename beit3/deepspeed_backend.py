@@ -35,8 +35,10 @@ def import_deepspeed() -> Any:
         import deepspeed
     except Exception as error:  # it fails in many ways at import (compilers, CUDA versions): all mean "not usable"
         raise InputError(
-            [f"--enable_deepspeed: DeepSpeed cannot be imported ({type(error).__name__}: {error}); "
-             "install requirements.txt, or leave the flag out to train with plain PyTorch"]
+            [
+                f"--enable_deepspeed: DeepSpeed cannot be imported ({type(error).__name__}: {error}); "
+                "install requirements.txt, or leave the flag out to train with plain PyTorch"
+            ]
         ) from error
     deepspeed.utils.logger.setLevel(logging.WARNING)
     return deepspeed

@@ -32,7 +32,9 @@ class ModelEma:
         """Args: parameters: fp32 (name, tensor) pairs, the names of the start in any order."""
         new = {name: tensor.detach() for name, tensor in parameters}
         averages = [self.averages[name] for name in new]
-        values = [tensor.to(average.device, torch.float32) for tensor, average in zip(new.values(), averages, strict=True)]
+        values = [
+            tensor.to(average.device, torch.float32) for tensor, average in zip(new.values(), averages, strict=True)
+        ]
         torch._foreach_lerp_(averages, values, 1.0 - self.decay)
 
     @contextmanager

@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import torch
-import torchvision.io  # noqa: F401  registers torch.ops.image
+import torchvision  # noqa: F401  registers torch.ops.image
 from PIL import Image, ImageFile, UnidentifiedImageError
 
 FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".webp": "WEBP"}  # ending of a name → what must be inside
@@ -224,8 +224,10 @@ def _screen_chunk(files: Sequence[str], limit: int) -> list[str]:
 def _looks_whole(file: str) -> bool:
     """Whether the first and last bytes are those of a whole picture of the format that the name says."""
     try:
-        size = os.stat(file).st_size
-        descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK)  # a pipe must not make it wait
+        status = os.stat(file)
+        if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
+            return False
+        size, descriptor = status.st_size, os.open(file, os.O_RDONLY)
         try:
             head, tail = os.pread(descriptor, 24, 0), os.pread(descriptor, 12, max(0, size - 12))
         finally:

@@ -60,9 +60,7 @@ def masked_token_losses(logits: Tensor, targets: Tensor, smoothing: float) -> Te
     entropy = 0.0
     if smoothing > 0:
         entropy = (1 - smoothing) * math.log(1 - smoothing) + smoothing * math.log(smoothing / (vocab - 1))
-    loss = F.cross_entropy(
-        logits.float(), targets, reduction="none", label_smoothing=smoothing * vocab / (vocab - 1)
-    )
+    loss = F.cross_entropy(logits.float(), targets, reduction="none", label_smoothing=smoothing * vocab / (vocab - 1))
     return loss + entropy
 
 

@@ -78,7 +78,9 @@ def load_untrusted(path: Path) -> Any:
         reason = str(error)
         if "GLOBAL" in reason or "Unsupported" in reason:
             unsafe = [line.strip() for line in reason.splitlines() if "GLOBAL" in line or "Unsupported" in line]
-            raise InputError([f"{path}: refused, it holds more than tensors and plain values ({unsafe[0][:200]})"]) from error
+            raise InputError(
+                [f"{path}: refused, it holds more than tensors and plain values ({unsafe[0][:200]})"]
+            ) from error
         raise InputError([f"{path}: not a readable checkpoint ({reason.splitlines()[0][:200]})"]) from error
     except (RuntimeError, EOFError, ValueError, OSError, KeyError) as error:
         raise InputError([f"{path}: not a readable checkpoint ({str(error).splitlines()[0][:200]})"]) from error
@@ -154,7 +156,9 @@ def write_weights(path: Path, state_dict: Mapping[str, Tensor], description: Map
 def newest_checkpoint(folder: Path, suffix: str) -> Path | None:
     """The `checkpoint-<epoch>` of the highest epoch with this ending ("" = a folder), or None."""
     pattern = re.compile(rf"checkpoint-(\d+){re.escape(suffix)}")
-    found = {int(match.group(1)): path for path in folder.glob("checkpoint-*") if (match := pattern.fullmatch(path.name))}
+    found = {
+        int(match.group(1)): path for path in folder.glob("checkpoint-*") if (match := pattern.fullmatch(path.name))
+    }
     return found[max(found)] if found else None
 
 
@@ -201,7 +205,9 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, *, new_head: bool) ->
             else:
                 problems.append(f"{checkpoint.path}: {name} is missing")
         elif given[name].shape != own.shape:
-            problems.append(f"{checkpoint.path}: {name} is {tuple(given[name].shape)}, the model has {tuple(own.shape)}")
+            problems.append(
+                f"{checkpoint.path}: {name} is {tuple(given[name].shape)}, the model has {tuple(own.shape)}"
+            )
         else:
             report.loaded.append(name)
     if problems:

@@ -174,8 +174,8 @@ class VQAv2(Task):
         lines = [f"official VQA accuracy: {report['overall']:.2f} on {report['questions']} questions"]
         if report["not_answered"]:
             lines.append(
-                f"  {report['overall_with_unindexed']:.2f} when the {report['not_answered']} questions of these pictures "
-                "without an answer in the vocabulary count as wrong"
+                f"  {report['overall_with_unindexed']:.2f} when the {report['not_answered']} questions of these "
+                "pictures without an answer in the vocabulary count as wrong"
             )
         for part in ("answer_type", "question_type"):
             lines.append(f"  by {part.replace('_', ' ')}:")

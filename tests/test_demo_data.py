@@ -283,7 +283,18 @@ def test_the_default_sizes_are_those_promised(full_plan):
 def test_each_picture_has_four_or_five_different_questions(full_plan):
     for picture in full_plan:
         texts = [question.text for question in picture.questions]
-        assert len(texts) in (4, 5) and len(set(texts)) == len(texts)
+        assert len(set(texts)) == len(texts)
+    numbers = Counter(len(picture.questions) for picture in full_plan)
+    assert set(numbers) == {4, 5} and min(numbers.values()) > 0.4 * len(full_plan)
+
+
+def test_every_split_shows_every_shape_and_color_in_every_cell(full_plan):
+    for split in ("train", "val", "test", "test2015"):
+        things = [thing for picture in full_plan if picture.split == split for thing in picture.scene]
+        assert len(set(things)) > 0.9 * 4 * 3 * 4
+    alone = {picture.scene[0] for picture in full_plan if picture.split == "train" and len(picture.scene) == 1}
+    for values in zip(*[(thing.cell, thing.shape, thing.color) for thing in alone], strict=True):
+        assert min(Counter(values).values()) >= 3 and len(set(values)) == (3 if "circle" in values else 4)
 
 
 def test_twelve_answers_are_common_enough_for_the_vocabulary(full_plan):
@@ -301,6 +312,16 @@ def test_yes_and_no_are_balanced_for_every_thing_asked_for(full_plan):
     assert len(answers) == 12
     for counts in answers.values():
         assert abs(counts["yes"] - counts["no"]) < 0.15 * counts.total()
+
+
+@pytest.mark.parametrize("kind, most", [("color", 0.35), ("shape", 0.45), ("count", 0.4), ("count kind", 0.6)])
+def test_no_answer_is_far_likelier_than_the_others_once_the_question_is_known(full_plan, kind, most):
+    answers = defaultdict(Counter)
+    for picture in full_plan:
+        for question in picture.questions:
+            if question.kind == kind and picture.split == "train":
+                answers[question.text][question.answer] += 1
+    assert answers and all(max(counts.values()) < most * counts.total() for counts in answers.values())
 
 
 def test_who_never_looks_scores_below_45_percent(full_plan):

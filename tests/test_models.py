@@ -135,6 +135,7 @@ def slow_encoder(encoder: BEiT3, image, text_ids, padding, causal):
     if causal:
         forbidden[:, :split, split:] = 1
         forbidden[:, split:, split:] += torch.ones(total - split, total - split).triu(1)
+    # ruff: noqa: B023  the small functions below are called where they stand
     for layer in range(encoder.config.layers):
         at = f"encoder.layers.{layer}"
         h = per_expert(lambda e, y: norm(f"{at}.self_attn_layer_norm.{e}", y), x)

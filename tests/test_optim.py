@@ -13,11 +13,18 @@ from tests import reference
 
 def test_the_schedule_is_that_of_the_released_recipe():
     expected = reference.load("training.json")["cosine_schedule_epochs10_iters37_warmup1"]
-    assert cosine_schedule(3e-5, 1e-6, epochs=10, steps_per_epoch=37, warmup_epochs=1) == pytest.approx(expected, rel=1e-12)
+    assert cosine_schedule(3e-5, 1e-6, epochs=10, steps_per_epoch=37, warmup_epochs=1) == pytest.approx(
+        expected, rel=1e-12
+    )
 
 
 def test_warm_up_steps_override_epochs_and_work_without_them():
-    assert cosine_schedule(1.0, 0.0, epochs=1, steps_per_epoch=4, warmup_epochs=0, warmup_steps=2) == [0.0, 1.0, 1.0, 0.5]
+    assert cosine_schedule(1.0, 0.0, epochs=1, steps_per_epoch=4, warmup_epochs=0, warmup_steps=2) == [
+        0.0,
+        1.0,
+        1.0,
+        0.5,
+    ]
 
 
 def test_a_warm_up_longer_than_the_training_is_cut_and_one_of_nothing_starts_at_the_top():

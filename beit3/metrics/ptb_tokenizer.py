@@ -256,7 +256,7 @@ _WORD_RULES: list[tuple[str, Emit]] = [
     (rf"({_SLASHED}(?:\\?/{_SLASHED}){{1,2}})", _word),
     # "etc.," and even "dog.,": before these marks every word keeps its full stop
     (rf"((?:{_DOTTED_HYPHENED}|{_HYPHENED}|{_WORD}|{_ACRONYMS})\.)[,;:]", _ampersands),
-    (rf"({_NEXT}+(?:\.{_NEXT}+)*\.{_caseless(_any_of(tables.FILE_ENDINGS.split()))})(?={_BLANK}|[.,!?])", _as_written),
+    (rf"({_NEXT}+(?:\.{_NEXT}+)*\.{_caseless(_any_of(tables.FILE_ENDINGS.split()))})(?:{_BLANK}|[.,!?])", _as_written),
     (r"([cC]\+\+|[cCfF]#)", _word),
 ]
 

@@ -1,0 +1,367 @@
+"""The command line, from flags to files: the published line, training, resuming, prediction, and what is said when
+something is wrong. On the made-up COCO of data/mini_coco with the tiny model, unless a test is about the real one."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import run_beit3_finetuning as run
+from beit3.weights import read_checkpoint, write_weights
+from datasets import VQAv2Dataset
+from tests import reference
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def coco(tmp_path_factory):
+    """mini_coco with its index files, made as people make them."""
+    folder = tmp_path_factory.mktemp("coco") / "data"
+    shutil.copytree(reference.MINI_COCO, folder)
+    VQAv2Dataset.make_dataset_index(
+        data_path=str(folder), tokenizer=str(folder / "mini.spm"), annotation_data_path=str(folder / "vqa")
+    )
+    return folder
+
+
+def tiny_flags(coco, out, **changes):
+    flags = {
+        "task": "vqav2", "model": "beit3_tiny_patch16_64", "input_size": 64, "sentencepiece_model": coco / "mini.spm",
+        "data_path": coco, "output_dir": out, "batch_size": 16, "epochs": 2, "warmup_epochs": 1, "vocab_size": 100,
+        "num_workers": 0, "lr": 1e-3, "device": "cpu", "save_ckpt_freq": 1,
+    }  # fmt: skip
+    flags.update(changes)
+    argv = []
+    for name, value in flags.items():
+        if value is True:
+            argv.append(f"--{name}")
+        elif value is not None and value is not False:
+            argv += [f"--{name}", str(value)]
+    return argv
+
+
+def start(argv, launcher=(), timeout=300):
+    """The entry point in a process of its own."""
+    command = [sys.executable, *launcher, "run_beit3_finetuning.py", *argv]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False)
+
+
+def problems(argv, caplog):
+    """What the entry point says when it refuses; exit status 2."""
+    caplog.clear()
+    assert run.main(argv) == 2
+    return caplog.records[-1].getMessage()
+
+
+@pytest.fixture
+def caplog(caplog, monkeypatch):
+    """The entry point sets logging up itself; here pytest listens."""
+    monkeypatch.setattr(run.utils, "set_up_logging", lambda is_main: None)
+    return caplog
+
+
+@pytest.fixture(scope="module")
+def trained(coco, tmp_path_factory):
+    out = tmp_path_factory.mktemp("trained")
+    result = start(tiny_flags(coco, out, log_dir=out / "log"))
+    assert result.returncode == 0, result.stderr
+    return out
+
+
+def log_of(out):
+    return [json.loads(line) for line in (out / "log.txt").read_text().splitlines()]
+
+
+def test_training_leaves_checkpoints_a_log_and_tensorboard_files(trained):
+    names = {path.name for path in trained.iterdir()}
+    assert names == {"checkpoint-0.pth", "checkpoint-1.pth", "checkpoint-best.pth", "log.txt", "log"}
+    assert list((trained / "log").glob("events*"))
+    first, second = log_of(trained)
+    assert (first["epoch"], second["epoch"]) == (0, 1)
+    assert second["train_loss"] < first["train_loss"]
+    assert second["train_lr"] == pytest.approx(
+        run.cosine_schedule(1e-3, 1e-6, epochs=2, steps_per_epoch=13, warmup_epochs=1)[-1]
+    )
+    assert 0 <= second["val_score"] <= 100
+    model = reference.timm.create_model("beit3_tiny_patch16_64_vqav2", vocab_size=100, num_classes=14)
+    assert second["n_parameters"] == sum(p.numel() for p in model.parameters())
+
+
+def test_the_best_checkpoint_says_what_it_is(trained, coco):
+    description = read_checkpoint(trained / "checkpoint-best.pth").description
+    answers = [json.loads(line)["answer"] for line in (coco / "answer2label.txt").read_text().splitlines()]
+    best = max(log_of(trained), key=lambda entry: entry["val_score"])
+    assert description["answers"] == answers
+    assert description["score"] == best["val_score"]
+    assert description["epoch"] == best["epoch"]
+    assert description["model"] == "beit3_tiny_patch16_64_vqav2"
+    assert description["image_size"] == 64
+    assert len(description["tokenizer_sha256"]) == 64
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped_and_ends_the_same(trained, coco, tmp_path):
+    shutil.copy(trained / "checkpoint-0.pth", tmp_path)
+    result = start(tiny_flags(coco, tmp_path))
+    assert "going on with epoch 1" in result.stderr
+    resumed, whole = (torch.load(f / "checkpoint-1.pth", weights_only=True)["model"] for f in (tmp_path, trained))
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+    assert log_of(tmp_path)[-1]["val_score"] == log_of(trained)[-1]["val_score"]
+
+
+def test_a_finished_run_trains_no_further(trained, coco):
+    before = (trained / "log.txt").read_text()
+    result = start(tiny_flags(coco, trained))
+    assert result.returncode == 0
+    assert "best validation score" in result.stderr
+    assert (trained / "log.txt").read_text() == before
+
+
+@pytest.mark.slow
+def test_workers_change_nothing(trained, coco, tmp_path):
+    assert start(tiny_flags(coco, tmp_path, num_workers=2)).returncode == 0
+    weights = (torch.load(f / "checkpoint-1.pth", weights_only=True)["model"] for f in (tmp_path, trained))
+    first, second = weights
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.slow
+def test_prediction_needs_only_checkpoint_tokenizer_index_and_pictures(trained, coco, tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    shutil.copytree(coco / "test2015", data / "test2015")
+    shutil.copy(coco / "vqa.test.jsonl", data)
+    shutil.copy(coco / "mini.spm", data)
+    checkpoint = trained / "checkpoint-best.pth"
+    result = start(tiny_flags(data, tmp_path / "out", finetune=checkpoint, eval=True, dist_eval=True))
+    assert result.returncode == 0, result.stderr
+    submission = json.loads((tmp_path / "out" / "submit_vqav2_test.json").read_text())
+    asked = [json.loads(line)["qid"] for line in (data / "vqa.test.jsonl").read_text().splitlines()]
+    assert sorted(entry["question_id"] for entry in submission) == sorted(asked)
+    answers = read_checkpoint(checkpoint).description["answers"]
+    assert {entry["answer"] for entry in submission} <= set(answers)
+    assert {frozenset(entry) for entry in submission} == {frozenset({"question_id", "answer"})}
+
+
+@pytest.mark.slow
+def test_validation_split_gets_the_official_scores(trained, coco, tmp_path):
+    checkpoint = trained / "checkpoint-best.pth"
+    result = start(tiny_flags(coco, tmp_path, finetune=checkpoint, eval=True, split="val"))
+    assert result.returncode == 0, result.stderr
+    report = json.loads((tmp_path / "vqav2_result_val.json").read_text())
+    assert f"official VQA accuracy: {report['overall']:.2f} on 114 questions" in result.stderr
+    assert report["questions"] == 114
+    assert report["not_answered"] == 6 or report["not_answered"] == 7
+    assert set(report["by_answer_type"]) == {"other"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 3])
+def test_many_processes_answer_each_question_once_and_alike(trained, coco, tmp_path, processes):
+    flags = {"finetune": trained / "checkpoint-best.pth", "eval": True}
+    assert start(tiny_flags(coco, tmp_path / "one", **flags)).returncode == 0
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    result = start(tiny_flags(coco, tmp_path / "many", **flags), launcher)
+    assert result.returncode == 0, result.stderr
+    one, many = ((tmp_path / name / "submit_vqav2_test.json").read_text() for name in ("one", "many"))
+    assert one == many
+
+
+@pytest.mark.slow
+def test_deepspeed_trains_as_plain_pytorch_does_and_its_folder_can_be_fine_tuned(trained, coco, tmp_path):
+    result = start(tiny_flags(coco, tmp_path, enable_deepspeed=True, epochs=2))
+    assert result.returncode == 0, result.stderr
+    plain, deepspeed = log_of(trained), log_of(tmp_path)
+    assert [e["train_loss"] for e in deepspeed] == pytest.approx([e["train_loss"] for e in plain], rel=1e-4)
+    for folder in ("checkpoint-1", "checkpoint-best"):
+        again = tmp_path / f"from-{folder}"
+        flags = tiny_flags(coco, again, finetune=tmp_path / folder, epochs=1, enable_deepspeed=True)
+        result = start(flags)
+        assert result.returncode == 0, result.stderr
+        assert "177 tensors loaded" in result.stderr
+
+
+def test_averaged_weights_are_validated_and_saved(coco, tmp_path):
+    result = start(tiny_flags(coco, tmp_path, model_ema=True, model_ema_decay=0.9))
+    assert result.returncode == 0, result.stderr
+    assert all("val_ema_score" in entry for entry in log_of(tmp_path))
+    saved = torch.load(tmp_path / "checkpoint-1.pth", weights_only=True)
+    name = "head.0.weight"
+    assert saved["ema"][name].dtype == torch.float32
+    assert not torch.equal(saved["ema"][name], saved["model"][name])
+
+
+# The published lines, with the paths of the reader's own files.
+PUBLISHED = (
+    "--model beit3_base_patch16_480 --input_size 480 --task vqav2 --batch_size 16 --layer_decay 1.0 --lr 3e-5 "
+    "--update_freq 1 --randaug --epochs 10 --warmup_epochs 1 --drop_path 0.1 --sentencepiece_model {spm} "
+    "--finetune {weights} --data_path {data} --output_dir {out} --log_dir {out}/log --weight_decay 0.01 --seed 42 "
+    "--save_ckpt_freq 5 --task_head_lr_weight 20 --opt_betas 0.9 0.98 --enable_deepspeed"
+)
+PUBLISHED_PREDICTION = (
+    "--model beit3_base_patch16_480 --input_size 480 --task vqav2 --batch_size 64 --sentencepiece_model {spm} "
+    "--finetune {weights} --data_path {data} --output_dir {out} --eval --dist_eval"
+)
+
+
+def test_the_published_lines_parse_with_the_published_meaning():
+    args = run.get_args(PUBLISHED.format(spm="s", weights="w", data="d", out="o").split())
+    assert (args.opt_betas, args.task_head_lr_weight, args.layer_decay) == ([0.9, 0.98], 20, 1.0)
+    assert args.randaug
+    assert args.enable_deepspeed
+    assert args.auto_resume
+    assert args.save_ckpt
+    args = run.get_args(PUBLISHED_PREDICTION.format(spm="s", weights="w", data="d", out="o").split())
+    assert args.eval
+    assert args.split == "test"
+
+
+@pytest.mark.slow
+def test_the_published_lines_run_on_released_weights(coco, tmp_path):
+    """One epoch of one small batch instead of ten of sixteen: the flags given last count."""
+    state = reference.build("beit3_base_patch16_384_vqav2", vocab_size=64010).state_dict()
+    pretrained = {k: v for k, v in state.items() if k.startswith("beit3.")}
+    torch.save({"model": pretrained}, tmp_path / "beit3_base_patch16_224.pth")
+    data = tmp_path / "few"
+    shutil.copytree(coco, data)
+    lines = (coco / "vqa.train.jsonl").read_text().splitlines()[:4]
+    (data / "vqa.train.jsonl").write_text("\n".join(lines) + "\n")
+    for name in ("rest_val", "test"):
+        lines = (coco / f"vqa.{name}.jsonl").read_text().splitlines()[:2]
+        (data / f"vqa.{name}.jsonl").write_text("\n".join(lines) + "\n")
+    (data / "vqa" / "v2_OpenEnded_mscoco_test2015_questions.json").unlink()
+    where = {"spm": data / "mini.spm", "data": data, "out": tmp_path / "out"}
+    line = PUBLISHED.format(weights=tmp_path / "beit3_base_patch16_224.pth", **where).split()
+    small = ["--epochs", "1", "--batch_size", "2", "--warmup_epochs", "0", "--num_workers", "0"]
+    result = start([*line, *small], timeout=560)
+    assert result.returncode == 0, result.stderr
+    assert "embed_positions.A.weight 579 → 903 rows" in result.stderr
+    assert "new: pooler.norm.weight" in result.stderr
+    line = PUBLISHED_PREDICTION.format(weights=tmp_path / "out" / "checkpoint-best", **where).split()
+    result = start([*line, "--batch_size", "2", "--num_workers", "0"], timeout=560)
+    assert result.returncode == 0, result.stderr
+    assert len(json.loads((tmp_path / "out" / "submit_vqav2_test.json").read_text())) == 2
+
+
+def test_a_released_head_answers_with_the_answers_of_the_data(coco, tmp_path, caplog):
+    model = reference.build("beit3_tiny_patch16_64_vqav2", vocab_size=100, num_classes=3129)
+    torch.save({"model": model.state_dict()}, tmp_path / "released.pth")
+    flags = tiny_flags(coco, tmp_path / "out", finetune=tmp_path / "released.pth", eval=True)
+    assert run.main(flags) == 0
+    known = {json.loads(line)["answer"] for line in (coco / "answer2label.txt").read_text().splitlines()}
+    submission = json.loads((tmp_path / "out" / "submit_vqav2_test.json").read_text())
+    assert {entry["answer"] for entry in submission} <= known
+
+
+def test_every_mistake_is_told_at_once_and_before_anything_is_loaded(coco, tmp_path, caplog):
+    flags = tiny_flags(
+        tmp_path / "nowhere", tmp_path / "out", model="beit3_tiny_patch16_64", input_size=224,
+        sentencepiece_model=tmp_path / "no.spm", finetune=tmp_path / "no.pth", batch_size=0,
+    )  # fmt: skip
+    message = problems(flags, caplog)
+    assert "--input_size 224: beit3_tiny_patch16_64 takes pictures of 64 pixels" in message
+    assert f"--sentencepiece_model {tmp_path}/no.spm: no such file" in message
+    assert f"--finetune {tmp_path}/no.pth: no such file or folder" in message
+    assert f"--data_path {tmp_path}/nowhere: no such folder" in message
+    assert "--batch_size 0: at least 1 is needed" in message
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"model": "beit3_huge_patch16_64"},
+            "--model beit3_huge_patch16_64: unknown for --task vqav2; one of beit3_base",
+        ),
+        ({"task": "nlvr2"}, "--task nlvr2 is not there yet"),
+        ({"eval": True}, "--eval needs a checkpoint"),
+        ({"vocab_size": 80}, "makes ids up to 87, the model has --vocab_size 80"),
+        ({"batch_size": 1000}, "the training data has 212 rows, one optimizer step takes 1000"),
+        ({"precision": "fp16"}, "fp16 needs a GPU"),
+        ({"opt": "adamv"}, "--opt adamv is not known"),
+    ],
+)
+def test_a_mistake_is_named_with_the_way_out(coco, tmp_path, caplog, changes, message):
+    assert message in problems(tiny_flags(coco, tmp_path, **changes), caplog)
+
+
+def test_missing_index_files_come_with_the_lines_that_make_them(tmp_path, caplog):
+    shutil.copy(reference.MINI_COCO / "mini.spm", tmp_path)
+    message = problems(tiny_flags(tmp_path, tmp_path / "out"), caplog)
+    for part in (
+        "vqa.train.jsonl",
+        "vqa.rest_val.jsonl",
+        "answer2label.txt",
+        "VQAv2Dataset.make_dataset_index(data_path=",
+    ):
+        assert part in message
+
+
+def damaged(coco, folder):
+    shutil.copytree(coco, folder)
+    return folder
+
+
+def test_bad_lines_and_labels_beyond_the_answers_are_listed_with_file_and_line(coco, tmp_path, caplog):
+    data = damaged(coco, tmp_path / "data")
+    lines = (data / "vqa.train.jsonl").read_text().splitlines()
+    lines[2] = "{not json"
+    lines[5] = json.dumps({**json.loads(lines[5]), "labels": [99], "scores": [1.0]})
+    lines[7] = json.dumps({**json.loads(lines[7]), "image_path": "../outside.jpg"})
+    (data / "vqa.train.jsonl").write_text("\n".join(lines) + "\n")
+    message = problems(tiny_flags(data, tmp_path / "out"), caplog)
+    for number in (3, 6, 8):
+        assert f"vqa.train.jsonl:{number}" in message
+
+
+def test_corrupt_pictures_are_found_before_training(coco, tmp_path, caplog):
+    data = damaged(coco, tmp_path / "data")
+    (data / "train2014" / "COCO_train2014_000000000003.jpg").write_bytes(b"no picture")
+    cut = (data / "val2014" / "COCO_val2014_000000000101.jpg").read_bytes()[:900]
+    (data / "val2014" / "COCO_val2014_000000000101.jpg").write_bytes(cut)
+    message = problems(tiny_flags(data, tmp_path / "out"), caplog)
+    assert "COCO_train2014_000000000003.jpg" in message
+    assert "COCO_val2014_000000000101.jpg" in message
+
+
+def test_a_checkpoint_that_says_otherwise_is_refused(coco, trained, tmp_path, caplog):
+    checkpoint = read_checkpoint(trained / "checkpoint-best.pth")
+    description = {**checkpoint.description, "tokenizer_sha256": "0" * 64, "image_size": 480}
+    write_weights(tmp_path / "other.pth", checkpoint.state_dict, description)
+    message = problems(tiny_flags(coco, tmp_path, finetune=tmp_path / "other.pth", eval=True), caplog)
+    assert "made with image_size 480, the command line says 64" in message
+    assert "made with tokenizer_sha256 000000" in message
+
+
+def test_a_submission_that_misses_questions_is_refused(coco, trained, tmp_path, caplog):
+    data = damaged(coco, tmp_path / "data")
+    lines = (data / "vqa.test.jsonl").read_text().splitlines()
+    missing = json.loads(lines[0])["qid"]
+    (data / "vqa.test.jsonl").write_text("\n".join([*lines[1:], lines[1]]) + "\n")
+    flags = tiny_flags(data, tmp_path / "out", finetune=trained / "checkpoint-best.pth", eval=True)
+    message = problems(flags, caplog)
+    assert f"question {missing} of {data}/vqa/v2_OpenEnded_mscoco_test2015_questions.json has no answer" in message
+    assert f"question {json.loads(lines[1])['qid']} has 2 answers" in message
+    assert not (tmp_path / "out" / "submit_vqav2_test.json").exists()
+
+
+def test_every_flag_of_the_released_code_is_accepted():
+    flags = """--model m --task vqav2 --input_size 1 --drop_path 0 --checkpoint_activations --sentencepiece_model s
+        --vocab_size 1 --num_max_bpe_tokens 1 --model_ema --model_ema_decay 0 --model_ema_force_cpu --opt adamw
+        --opt_eps 1 --opt_betas 0 0 --clip_grad 1 --momentum 1 --weight_decay 1 --lr 1 --layer_decay 1
+        --task_head_lr_weight 1 --warmup_lr 1 --min_lr 1 --warmup_epochs 1 --warmup_steps 1 --batch_size 1
+        --eval_batch_size 1 --epochs 1 --update_freq 1 --save_ckpt_freq 1 --randaug --train_interpolation bicubic
+        --finetune f --model_key m --model_prefix p --data_path d --output_dir o --log_dir l --device cpu --seed 1
+        --resume r --auto_resume --no_auto_resume --save_ckpt --no_save_ckpt --start_epoch 1 --eval --dist_eval
+        --num_workers 1 --pin_mem --no_pin_mem --world_size 1 --local_rank 1 --dist_on_itp --dist_url u
+        --task_cache_path t --nb_classes 1 --mixup 1 --cutmix 1 --cutmix_minmax 0 1 --mixup_prob 1
+        --mixup_switch_prob 1 --mixup_mode batch --color_jitter 1 --aa a --smoothing 1 --crop_pct 1 --reprob 1
+        --remode pixel --recount 1 --resplit --captioning_mask_prob 1 --drop_worst_ratio 1 --drop_worst_after 1
+        --num_beams 1 --length_penalty 1 --label_smoothing 1 --enable_deepspeed --initial_scale_power 1
+        --zero_stage 0 --deepspeed --deepspeed_config c --local-rank 0"""
+    run.get_args(flags.split())
