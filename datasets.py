@@ -340,9 +340,9 @@ def build_loader(
     """Batches of one process in the order of `sampler`.
 
     num_workers: processes that load pictures; they live through all epochs. No more are started than there are
-    batches. pin_memory: page-locked batches, copied to a GPU while it computes.
+    batches, or cores to run on. pin_memory: page-locked batches, copied to a GPU while it computes.
     """
-    num_workers = min(num_workers, len(sampler))
+    num_workers = min(num_workers, len(sampler), len(os.sched_getaffinity(0)))
     return DataLoader(
         dataset,
         batch_sampler=sampler,

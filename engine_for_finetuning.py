@@ -6,7 +6,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ import utils
 from beit3.backends import Backend
 from beit3.ema import ModelEma
 from beit3.images import normalize
+from datasets import EpochSampler, ImageTextDataset
 from optim_factory import set_learning_rate
 from tasks import Record, Task
 
@@ -97,6 +98,7 @@ class TrainingRun:
     """What stays the same over the epochs of a run.
 
     Attributes:
+        dataset, sampler, loader: of the training pictures; the loader reads the dataset in the sampler's order.
         schedule: learning rate of every step of the whole run.
         update_freq: micro batches per step.
         seed: with the step and the process, decides what drop path draws.
@@ -105,6 +107,8 @@ class TrainingRun:
     task: Task
     backend: Backend
     process: utils.Process
+    dataset: ImageTextDataset
+    sampler: EpochSampler
     loader: DataLoader
     schedule: Sequence[float]
     update_freq: int
@@ -124,8 +128,8 @@ def train_one_epoch(run: TrainingRun, epoch: int, steps_per_epoch: int) -> dict[
     """
     backend, process = run.backend, run.process
     backend.model.train()
-    run.loader.dataset.set_epoch(epoch)
-    run.loader.batch_sampler.set_epoch(epoch)
+    run.dataset.set_epoch(epoch)
+    run.sampler.set_epoch(epoch)
     progress = Progress(f"epoch {epoch}", steps_per_epoch, process.is_main)
     epoch_statistics, recent = Statistics(), Statistics()
     batches = iter(run.loader)
@@ -152,7 +156,7 @@ def train_one_epoch(run: TrainingRun, epoch: int, steps_per_epoch: int) -> dict[
     return {**means, "lr": run.schedule[step], "images_per_second": images / (time.monotonic() - started)}
 
 
-def _optimizer_step(run: TrainingRun, batches: Iterable[dict[str, Tensor]], step: int) -> tuple[dict[str, Tensor], int]:
+def _optimizer_step(run: TrainingRun, batches: Iterator[dict[str, Tensor]], step: int) -> tuple[dict[str, Tensor], int]:
     """One step of `update_freq` micro batches: (values for the statistics, pictures seen on this process)."""
     backend, device = run.backend, run.process.device
     utils.seed_everything(run.seed, step, run.process.rank)

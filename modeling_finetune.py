@@ -8,6 +8,8 @@ signatures are those of the released models, so released weights load as they ar
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -51,7 +53,12 @@ def _init_weights(module: nn.Module) -> None:
 
 
 class BEiT3Model(nn.Module):
-    """What the five models share: the encoder under the name `beit3`, fresh weights, and no decay by name."""
+    """What the five models share: the encoder under the name `beit3`, fresh weights, and no decay by name.
+
+    final_norm: whether the encoder ends with a norm of its own.
+    """
+
+    final_norm: ClassVar[bool]
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
@@ -168,6 +175,8 @@ class BEiT3ForRetrieval(BEiT3Model):
             language = F.normalize(self.language_head(features[:, 0]), dim=-1)
         if only_infer:
             return vision, language
+        if vision is None or language is None:
+            raise ValueError("the contrastive loss needs pictures and texts; give both, or only_infer=True")
         return contrastive_loss(vision, language, self.logit_scale.exp()), vision, language
 
 
@@ -234,7 +243,7 @@ class BEiT3ForImageClassification(BEiT3Model):
         return self.head(self.fc_norm(features[:, 1:].mean(1)))
 
 
-HEADS = {
+HEADS: dict[str, type[BEiT3Model]] = {
     "vqav2": BEiT3ForVisualQuestionAnswering,
     "captioning": BEiT3ForCaptioning,
     "retrieval": BEiT3ForRetrieval,
@@ -259,7 +268,7 @@ REGISTERED = {
 }
 
 
-def _entry_point(suffix: str, size: str, pixels: int):
+def _entry_point(suffix: str, size: str, pixels: int) -> Callable[..., BEiT3Model]:
     head = HEADS[suffix]
 
     def build(

@@ -7,7 +7,6 @@ import re
 from typing import Any
 
 import torch
-from torch import nn
 
 _LAYER = re.compile(r"^beit3\.encoder\.layers\.(\d+)\.")
 
@@ -30,12 +29,12 @@ def lr_scale(name: str, num_layers: int, layer_decay: float, task_head_lr_weight
 
 
 def parameter_groups(
-    model: nn.Module, weight_decay: float, layer_decay: float = 1.0, task_head_lr_weight: float = 0.0
+    model: Any, weight_decay: float, layer_decay: float = 1.0, task_head_lr_weight: float = 0.0
 ) -> list[dict[str, Any]]:
     """Groups for an optimizer, one per (weight decay, lr_scale), in order of first appearance.
 
     Args:
-        model: with `num_layers` and `no_weight_decay()`.
+        model: a module with `num_layers` and `no_weight_decay()`.
         weight_decay: of parameters of two and more dimensions; 1-D ones, biases and `no_weight_decay()` get 0.
 
     Returns:
@@ -74,9 +73,10 @@ def create_optimizer(
         return torch.optim.AdamW(groups, lr=lr, eps=eps, betas=betas, weight_decay=0.0, fused=True)
     from timm.optim import create_optimizer_v2, list_optimizers
 
-    if name not in list_optimizers():
-        raise ValueError(f"--opt {name} is not known; one of: adamw, {', '.join(list_optimizers())}")
-    adaptive = {"eps": eps, "betas": betas} if "adam" in name else {}
+    known = [str(each) for each in list_optimizers()]
+    if name not in known:
+        raise ValueError(f"--opt {name} is not known; one of: {', '.join(known)}")
+    adaptive: dict[str, Any] = {"eps": eps, "betas": betas} if "adam" in name else {}
     return create_optimizer_v2(groups, opt=name, lr=lr, weight_decay=0.0, momentum=momentum, **adaptive)
 
 

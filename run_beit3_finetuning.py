@@ -11,7 +11,6 @@ import json
 import logging
 import math
 import os
-import re
 import sys
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -23,9 +22,10 @@ import torch
 from torch.utils.data import DataLoader
 
 import utils
+from beit3.augmentation import CROP_SCALE, INTERPOLATIONS
 from beit3.backends import DTYPES, Backend, BackendSettings, PlainBackend, choose_precision
 from beit3.ema import ModelEma
-from beit3.errors import InputError
+from beit3.errors import BadImageError, InputError
 from beit3.files import atomic_write
 from beit3.images import screen_images
 from beit3.weights import Checkpoint, load_weights, newest_checkpoint, read_checkpoint, write_weights
@@ -98,8 +98,9 @@ def _add_optimizer_flags(group: Any) -> None:
 def _add_data_flags(group: Any) -> None:
     group.add_argument("--data_path", type=Path, default=Path("dataset"), help="folder with pictures and index files")
     group.add_argument("--randaug", action="store_true", help="RandAugment on training pictures")
+    group.add_argument("--train_interpolation", default="bicubic", choices=INTERPOLATIONS, help="of training pictures")
     group.add_argument(
-        "--train_interpolation", default="bicubic", choices=["bicubic", "bilinear", "nearest", "lanczos", "random"]
+        "--crop_scale", type=float, nargs=2, default=CROP_SCALE, help="share of the area a training crop keeps, 0-1"
     )
     group.add_argument("--num_workers", type=int, default=10, help="loader processes per process")
     group.add_argument("--pin_mem", action="store_true", default=True, help="page-locked batches, for GPUs")
@@ -176,7 +177,8 @@ def _add_deepspeed_flags(group: Any) -> None:
         type=int,
         default=1,
         choices=[0, 1, 2, 3],
-        help="1: optimizer state shared among processes, fp32 accumulation also in bf16, steps with a broken gradient skipped",
+        help="1 shares the optimizer state among processes, sums bf16 gradients in fp32 and skips a step whose "
+        "gradient is broken, at the speed of 0; 2 and 3 share gradients and weights too, for models that do not fit",
     )
     group.add_argument("--initial_scale_power", type=int, default=16, help="log2 of the first loss scale in fp16")
     group.add_argument("--deepspeed_config", default=None, help="no effect: the configuration is made from the flags")
@@ -197,7 +199,8 @@ def check_arguments(args: argparse.Namespace, task: type[Task]) -> list[str]:
     if name not in MODEL_NAMES:
         known = sorted(n.removesuffix(ending) for n in MODEL_NAMES if n.endswith(ending))
         problems.append(f"--model {args.model}: unknown for --task {args.task}; one of {', '.join(known)}")
-    elif str(args.input_size) != (pixels := re.search(r"patch\d+_(\d+)", name).group(1)):
+    elif f"_{args.input_size}_" not in name:
+        pixels = name.removesuffix(ending).rpartition("_")[2]
         problems.append(f"--input_size {args.input_size}: {args.model} takes pictures of {pixels} pixels")
     if not args.sentencepiece_model.is_file():
         problems.append(f"--sentencepiece_model {args.sentencepiece_model}: no such file")
@@ -214,6 +217,8 @@ def check_arguments(args: argparse.Namespace, task: type[Task]) -> list[str]:
     for flag in ("drop_path", "model_ema_decay", "label_smoothing"):
         if not 0 <= getattr(args, flag) < 1:
             problems.append(f"--{flag} {getattr(args, flag)}: wanted 0 ≤ value < 1")
+    if not 0 < args.crop_scale[0] <= args.crop_scale[1] <= 1:
+        problems.append(f"--crop_scale {args.crop_scale[0]} {args.crop_scale[1]}: wanted 0 < smallest ≤ largest ≤ 1")
     if args.eval_batch_size is not None and args.eval_batch_size < 1:
         problems.append(f"--eval_batch_size {args.eval_batch_size}: at least 1 is needed")
     if args.model_ema and args.enable_deepspeed and args.zero_stage == 3:
@@ -231,6 +236,7 @@ def task_settings(args: argparse.Namespace) -> TaskSettings:
         split=args.split,
         randaug=args.randaug,
         train_interpolation=args.train_interpolation,
+        crop_scale=tuple(args.crop_scale),
         seed=args.seed,
     )
 
@@ -294,7 +300,7 @@ def check_description(description: dict[str, Any], args: argparse.Namespace, tas
 def build_model(args: argparse.Namespace, task: Task, checkpoint: Checkpoint | None) -> BEiT3Model:
     """The model on the CPU, with the checkpoint's weights in it if there is one."""
     utils.seed_everything(args.seed)
-    model = timm.create_model(
+    model: Any = timm.create_model(
         model_name(args, type(task)),
         vocab_size=args.vocab_size,
         drop_path_rate=args.drop_path,
@@ -378,6 +384,8 @@ def train(args: argparse.Namespace, task: Task, process: utils.Process) -> None:
         task,
         backend,
         process,
+        dataset=train_set,
+        sampler=sampler,
         loader=build_loader(train_set, sampler, args.num_workers, pin_memory),
         schedule=cosine_schedule(
             args.lr,
@@ -446,7 +454,11 @@ def _keep_best(
     if score <= progress.best:
         return Progress(epoch + 1, progress.best, progress.best_epoch)
     if args.output_dir and args.save_ckpt:
-        averages = run.ema.averages.items() if best_weights == "average" else run.backend.full_parameters()
+        averages = (
+            run.ema.averages.items()
+            if run.ema is not None and best_weights == "average"
+            else run.backend.full_parameters()
+        )
         weights = {name: tensor.detach().float().cpu() for name, tensor in averages}
         description = {**describe_model(args, run.task), "epoch": epoch, metric: score, "from": best_weights}
         if run.process.is_main:
@@ -556,10 +568,13 @@ def main(argv: list[str] | None = None) -> int:
         if args.output_dir:
             Path(args.output_dir).mkdir(parents=True, exist_ok=True)
         (predict if args.eval else train)(args, task, process)
-    except (InputError, ValueError) as error:
+    except (InputError, ValueError) as error:  # the same on all processes, told once
         if int(os.environ.get("RANK", "0")) == 0:
             logger.error("%s", error)
         return 2
+    except (BadImageError, FloatingPointError) as error:
+        logger.error("%s", error)
+        return 1
     finally:
         utils.stop_processes()
     return 0

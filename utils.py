@@ -164,5 +164,7 @@ def set_up_logging(is_main: bool) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)
+    # It reports a machine without a GPU as something amiss.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     for ours in ("beit3", "datasets", "tasks", "engine_for_finetuning", "modeling_finetune", "__main__"):
         logging.getLogger(ours).setLevel(logging.INFO if is_main else logging.WARNING)

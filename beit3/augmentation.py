@@ -60,11 +60,15 @@ class EvalTransform:
 
 @dataclass(frozen=True)
 class TrainTransform:
-    """Random resized crop, horizontal flip with probability 0.5 and, with `randaug`, RandAugment."""
+    """Random resized crop, horizontal flip with probability 0.5 and, with `randaug`, RandAugment.
+
+    The crop keeps a share of the picture's area within `crop_scale`.
+    """
 
     size: int
     interpolation: str = "bicubic"
     randaug: bool = False
+    crop_scale: tuple[float, float] = CROP_SCALE
 
     def __post_init__(self) -> None:
         if self.interpolation not in INTERPOLATIONS:
@@ -79,7 +83,8 @@ class TrainTransform:
         """
         rng = np.random.default_rng(key)
         image = decode_image(path)
-        top, left, height, width = crop_box(rng, *image.shape[1:])
+        _, full_height, full_width = image.shape
+        top, left, height, width = crop_box(rng, full_height, full_width, self.crop_scale)
         interpolation = self.interpolation
         if interpolation == "random":
             interpolation = ("bicubic", "bilinear")[rng.integers(2)]
@@ -91,15 +96,17 @@ class TrainTransform:
         return resized
 
 
-def crop_box(rng: np.random.Generator, height: int, width: int) -> tuple[int, int, int, int]:
+def crop_box(
+    rng: np.random.Generator, height: int, width: int, scale: tuple[float, float] = CROP_SCALE
+) -> tuple[int, int, int, int]:
     """(top, left, height, width) of a random part of a picture, in pixels.
 
-    Its area is uniform in `CROP_SCALE`, the logarithm of its ratio uniform in `CROP_RATIO`; boxes that stick out are
-    drawn anew. After ten of them (a very long or high picture) it is the largest middle part within `CROP_RATIO`.
-    Method: torchvision's RandomResizedCrop.
+    Its share of the picture's area is uniform in `scale`, the logarithm of its ratio uniform in `CROP_RATIO`; boxes
+    that stick out are drawn anew. After ten of them (a very long or high picture) it is the largest middle part
+    within `CROP_RATIO`. Method: torchvision's RandomResizedCrop.
     """
     for _ in range(10):
-        area = height * width * rng.uniform(*CROP_SCALE)
+        area = height * width * rng.uniform(*scale)
         ratio = math.exp(rng.uniform(math.log(CROP_RATIO[0]), math.log(CROP_RATIO[1])))
         h, w = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
         if 0 < h <= height and 0 < w <= width:

@@ -68,11 +68,15 @@ class Backend(Protocol):
     Attributes:
         model: call this in training and evaluation.
         optimizer: has `param_groups`.
+        module: the same without wrappers.
         input_dtype: dtype of pictures handed to the model.
+        settings: how steps are taken.
         suffix: of checkpoint names, "" for a folder.
     """
 
     model: nn.Module
+    module: nn.Module
+    settings: BackendSettings
     optimizer: Any
     input_dtype: torch.dtype
     suffix: str
@@ -134,8 +138,10 @@ class PlainBackend:
 
     @contextmanager
     def micro_step(self, last: bool) -> Iterator[None]:
-        waiting = nullcontext() if last or not self.distributed else self.model.no_sync()
-        with waiting:
+        if isinstance(self.model, DistributedDataParallel) and not last:
+            with self.model.no_sync():
+                yield
+        else:
             yield
 
     def backward(self, loss: Tensor) -> None:

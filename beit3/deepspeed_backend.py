@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
 import shutil
+import warnings
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,8 @@ def import_deepspeed() -> Any:
     """
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # It calls what torch.distributed has given new names.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     try:
         import deepspeed
     except Exception as error:  # it fails in many ways at import (compilers, CUDA versions): all mean "not usable"
@@ -76,9 +80,11 @@ class DeepSpeedBackend:
         deepspeed = import_deepspeed()
         self.settings = settings
         self.config = engine_config(settings, dist.get_world_size())
-        self.engine, self.optimizer, _, _ = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=self.config, dist_init_required=False
-        )
+        with _its_prints_in_our_log():
+            _build_cpu_op_once()
+            self.engine, self.optimizer, _, _ = deepspeed.initialize(
+                model=model, optimizer=optimizer, config=self.config, dist_init_required=False
+            )
         self.engine.checkpoint_engine.load = _safe_load
         self.model: nn.Module = self.engine
         self.module = model
@@ -133,6 +139,29 @@ class DeepSpeedBackend:
         if loaded is None:
             raise InputError([f"{path}: DeepSpeed found no state in it"])
         return extra
+
+
+@contextmanager
+def _its_prints_in_our_log() -> Iterator[None]:
+    printed = io.StringIO()
+    try:
+        with redirect_stdout(printed):
+            yield
+    finally:
+        for line in filter(None, printed.getvalue().splitlines()):
+            logger.debug("%s", line)
+
+
+def _build_cpu_op_once() -> None:
+    """On a CPU DeepSpeed compiles a small op at its first use; two processes doing that at once can fail."""
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.comm.torch import build_shm_op
+
+    if get_accelerator().device_name() != "cpu":
+        return
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        build_shm_op()
+    dist.barrier()
 
 
 def _safe_load(path: str, map_location: object = None) -> Any:

@@ -11,6 +11,7 @@ works on whole, contiguous tensors, and nothing is split and joined again around
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +45,9 @@ class EncoderConfig:
 
 class Multiway(nn.Module):
     """Two modules of one kind: `A` for image positions, `B` for text positions."""
+
+    A: Any
+    B: Any
 
     def __init__(self, image_expert: nn.Module, text_expert: nn.Module) -> None:
         super().__init__()
@@ -170,15 +174,13 @@ class EncoderLayer(nn.Module):
         Returns:
             The two modalities with `*_rows` positions each; None where there is nothing to compute.
         """
-        streams = {"A": (image, image_rows), "B": (text, text_rows)}
-        streams = {expert: (x, rows) for expert, (x, rows) in streams.items() if x is not None}
+        streams = {e: (x, rows) for e, x, rows in (("A", image, image_rows), ("B", text, text_rows)) if x is not None}
         attended = self._attention(streams, rule)
-        residuals = {expert: streams[expert][0][:, : attended[expert].shape[1]] for expert in attended}
-        scale = self._drop_path_scale(next(iter(residuals.values())))
-        outputs: dict[str, Tensor] = {}
-        for expert, x in residuals.items():
+        outputs = {expert: streams[expert][0][:, : values.shape[1]] for expert, values in attended.items()}
+        scale = self._drop_path_scale(next(iter(outputs.values())))
+        for expert, x in outputs.items():
             outputs[expert] = _add(x, self.self_attn.output(expert, attended[expert]), scale)
-        scale = self._drop_path_scale(next(iter(residuals.values())))
+        scale = self._drop_path_scale(next(iter(outputs.values())))
         for expert, x in outputs.items():
             branch = getattr(self.ffn, expert)(getattr(self.final_layer_norm, expert)(x))
             outputs[expert] = _add(x, branch, scale)
@@ -319,7 +321,7 @@ class BEiT3(nn.Module):
             x_text = None if x_text is None else norm.B(x_text)
         return x_image, x_text
 
-    def _run(self, layer: EncoderLayer, *inputs: object) -> tuple[Tensor | None, Tensor | None]:
+    def _run(self, layer: nn.Module, *inputs: object) -> tuple[Tensor | None, Tensor | None]:
         if self.config.checkpoint_activations and self.training and torch.is_grad_enabled():
             return checkpoint(layer, *inputs, use_reentrant=False)
         return layer(*inputs)

@@ -121,7 +121,7 @@ def read_checkpoint(path: str | Path, model_key: str = "model|module", prefix: s
         if not isinstance(content, Mapping):
             raise InputError([f"{file}: holds a {type(content).__name__}, wanted a state dict"])
         description = content.get("description") or {}
-        state_dict = next((content[key] for key in model_key.split("|") if key in content), content)
+        state_dict = next((dict(content[key]) for key in model_key.split("|") if key in content), dict(content))
     tensors = {f"{prefix}{name}": value for name, value in state_dict.items() if isinstance(value, Tensor)}
     if not tensors:
         raise InputError([f"{file}: no weights under {model_key.replace('|', ' or ')} nor at the top"])

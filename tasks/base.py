@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from beit3.augmentation import EvalTransform, TrainTransform
 from beit3.tokenizer import Tokenizer
 from datasets import ImageTextDataset
 
@@ -31,7 +32,7 @@ class TaskSettings:
         vocab_size: rows of the model's token table.
         num_max_bpe_tokens: longest text with `<s>` and `</s>`.
         split: what `--eval` predicts on.
-        randaug, train_interpolation, seed: of the training pictures.
+        randaug, train_interpolation, crop_scale, seed: of the training pictures.
     """
 
     data_path: Path
@@ -42,6 +43,7 @@ class TaskSettings:
     split: str
     randaug: bool
     train_interpolation: str
+    crop_scale: tuple[float, float]
     seed: int
 
 
@@ -99,6 +101,13 @@ class Task(abc.ABC):
     @abc.abstractmethod
     def dataset(self, split: str, training: bool) -> ImageTextDataset:
         """The examples of a split ("train", "val", or one of `splits`); `training` adds the augmentation."""
+
+    def transform(self, training: bool) -> EvalTransform | TrainTransform:
+        """File → uint8 picture (3, S, S), with or without augmentation."""
+        settings = self.settings
+        if not training:
+            return EvalTransform(settings.image_size)
+        return TrainTransform(settings.image_size, settings.train_interpolation, settings.randaug, settings.crop_scale)
 
     @abc.abstractmethod
     def training_step(self, model: nn.Module, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:

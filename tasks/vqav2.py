@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from beit3.answers import ANSWER_FILE, vqa_accuracy
-from beit3.augmentation import EvalTransform, TrainTransform
 from beit3.errors import InputError
 from beit3.json_stream import stream_array
 from beit3.losses import soft_answer_loss
@@ -97,10 +96,7 @@ class VQAv2(Task):
 
     def dataset(self, split: str, training: bool) -> VQAv2Dataset:
         settings = self.settings
-        size = settings.image_size
-        transform = (
-            TrainTransform(size, settings.train_interpolation, settings.randaug) if training else EvalTransform(size)
-        )
+        transform = self.transform(training)
         return VQAv2Dataset(
             settings.data_path,
             split,

@@ -49,10 +49,16 @@ def _difference(one, other) -> np.ndarray:
 
 # Resizing and cropping
 
-@pytest.mark.parametrize("width, height, size, differing", [
-    (320, 240, 224, 0.01), (320, 240, 480, 0.01), (64, 64, 64, 0),
-    (100, 333, 64, 0.25),  # shrinking five times shows that PyTorch's weights have 16 bits, Pillow's 32
-])
+
+@pytest.mark.parametrize(
+    "width, height, size, differing",
+    [
+        (320, 240, 224, 0.01),
+        (320, 240, 480, 0.01),
+        (64, 64, 64, 0),
+        (100, 333, 64, 0.25),  # shrinking five times shows that PyTorch's weights have 16 bits, Pillow's 32
+    ],
+)
 def test_evaluation_resizes_as_pillow_does_within_one_grey_level(tmp_path, width, height, size, differing):
     _scene(width, height).save(tmp_path / "a.png")
     result = EvalTransform(size)(str(tmp_path / "a.png"), (0, 0, 0))
@@ -66,13 +72,17 @@ def test_evaluation_does_not_depend_on_the_key(picture):
     assert torch.equal(EvalTransform(48)(picture, (0, 0, 0)), EvalTransform(48)(picture, (5, 6, 7)))
 
 
-@pytest.mark.parametrize("interpolation, filter", [
-    ("bicubic", Image.Resampling.BICUBIC), ("bilinear", Image.Resampling.BILINEAR),
-])
+@pytest.mark.parametrize(
+    "interpolation, filter",
+    [
+        ("bicubic", Image.Resampling.BICUBIC),
+        ("bilinear", Image.Resampling.BILINEAR),
+    ],
+)
 def test_training_resizes_the_drawn_box_as_pillow_does_and_flips_half_of_them(
     picture, monkeypatch, interpolation, filter
 ):
-    monkeypatch.setattr(augmentation, "crop_box", lambda rng, height, width: (30, 20, 180, 210))
+    monkeypatch.setattr(augmentation, "crop_box", lambda rng, height, width, scale: (30, 20, 180, 210))
     part = Image.open(picture).crop((20, 30, 230, 210)).resize((96, 96), filter)
     expected = np.asarray(part).transpose(2, 0, 1)
     flipped = 0
@@ -103,6 +113,12 @@ def test_an_unknown_interpolation_is_refused_with_the_known_ones():
         TrainTransform(224, "lanczos4")
 
 
+def test_another_crop_scale_keeps_another_share_of_the_area():
+    rng = np.random.default_rng(0)
+    shares = [h * w / 10_000 for _, _, h, w in (crop_box(rng, 100, 100, (0.2, 0.3)) for _ in range(200))]
+    assert 0.19 < min(shares) < max(shares) < 0.31
+
+
 def test_crop_boxes_lie_inside_and_keep_scale_and_ratio():
     rng = np.random.default_rng(0)
     boxes = np.array([crop_box(rng, 480, 640) for _ in range(5000)])
@@ -128,15 +144,22 @@ def test_crop_areas_are_uniform_and_ratios_uniform_in_their_logarithm():
     assert abs((ratio > 1).mean() - 0.5) < 0.015  # were ratios uniform themselves, 0.57
 
 
-@pytest.mark.parametrize("height, width, box", [
-    (1000, 10, (493, 0, 13, 10)), (10, 1000, (0, 493, 10, 13)), (1, 1, (0, 0, 1, 1)), (2, 1, (0, 0, 1, 1)),
-])
+@pytest.mark.parametrize(
+    "height, width, box",
+    [
+        (1000, 10, (493, 0, 13, 10)),
+        (10, 1000, (0, 493, 10, 13)),
+        (1, 1, (0, 0, 1, 1)),
+        (2, 1, (0, 0, 1, 1)),
+    ],
+)
 def test_a_very_long_picture_is_cropped_in_its_middle(height, width, box):
     rng = np.random.default_rng(0)
     assert crop_box(rng, height, width) == box
 
 
 # Chance by key
+
 
 def test_the_same_key_gives_the_same_picture_in_any_order_and_any_thread(picture):
     transform = TrainTransform(48, randaug=True)
@@ -172,10 +195,19 @@ def test_errors_of_the_file_come_through():
 
 # RandAugment
 
+
 def test_there_are_the_ten_operations():
     assert list(OPERATIONS) == [
-        "Identity", "AutoContrast", "Equalize", "Brightness", "Sharpness", "ShearX", "ShearY", "TranslateX",
-        "TranslateY", "Rotate",
+        "Identity",
+        "AutoContrast",
+        "Equalize",
+        "Brightness",
+        "Sharpness",
+        "ShearX",
+        "ShearY",
+        "TranslateX",
+        "TranslateY",
+        "Rotate",
     ]
 
 
@@ -271,7 +303,9 @@ def test_equalize_flattens_the_histogram():
 
 def test_brightness_multiplies_by_1_36():
     assert _apply("Brightness", [[0, 100, 150], [187, 188, 255], [1, 2, 3]]) == [
-        [0, 136, 204], [254, 255, 255], [1, 2, 4]
+        [0, 136, 204],
+        [254, 255, 255],
+        [1, 2, 4],
     ]
 
 

@@ -37,7 +37,8 @@ def offline(monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("something wanted the network")
 
-    monkeypatch.setattr(socket, "socket", refuse)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
 
 
 def score(predictions, references, **options):
@@ -180,11 +181,21 @@ def test_a_meteor_that_fails_is_left_out(fake_java, script, reason):
 @needs_java
 def test_meteor_takes_every_caption_in_any_locale(monkeypatch):
     monkeypatch.setenv("LC_ALL", "C")
-    odd = {1: "", 2: "a ||| b", 3: "<!a |||> x", 4: "café 犬 “x”", 5: "SCORE ||| EVAL", 6: "a\nb\x85c\u2028d", 7: "犬"}
+    odd = {
+        1: "",
+        2: "a ||| b",
+        3: "<!a |||> x",
+        4: "café 犬 “x”",
+        5: "SCORE ||| EVAL",
+        6: "a\nb\x85c\u2028d",
+        7: "犬",
+        8: "dog",
+    }
     references = {image: [caption or "x", "a café"] for image, caption in odd.items()}
     references[7] = ["猫"]  # the same as the prediction only where both turn into question marks
+    references[8] = ["<!x|||dog>"]  # holds "dog" only where ||| still parts fields
     result = caption_metrics(odd, references, spice=False)
-    assert all(result.per_image[image]["METEOR"] == 0 for image in (1, 7))
+    assert all(result.per_image[image]["METEOR"] == 0 for image in (1, 7, 8))
     assert all(result.per_image[image]["METEOR"] > 0.5 for image in (2, 3, 4, 5, 6))
 
 

@@ -34,7 +34,7 @@ def meteor_scores(
     predictions: a tokenized caption per image; references: the tokenized captions of the same image, at least one.
     Raises LeftOut where there is no Java, and when the program fails or takes more than `timeout` seconds.
     """
-    command = [_java(), "-Xmx2G", "-Dfile.encoding=UTF-8", "-jar", "meteor-1.5.jar", *"- - -stdio -l en -norm".split()]
+    command = [_java(), "-Xmx2G", "-jar", "meteor-1.5.jar", *"- - -stdio -l en -norm".split()]
     folder = _pycocoevalcap() / "meteor"
     started = time.monotonic()
     with tempfile.TemporaryFile() as complaints:
