@@ -128,16 +128,28 @@ class BEiT3ForCaptioning(BEiT3Model):
         self.init_weights()
 
     def forward(
-        self, image: Tensor, text_ids: Tensor, padding_mask: Tensor | None, language_masked_pos: Tensor
+        self,
+        image: Tensor,
+        text_ids: Tensor,
+        padding_mask: Tensor | None,
+        language_masked_pos: Tensor | None = None,
+        masked_index: Tensor | None = None,
     ) -> Tensor:
         """Args:
-            image: (B, 3, H, H) in [-1, 1]. text_ids: (B, T). padding_mask: (B, T), 1 = padding.
-            language_masked_pos: (B, T), 1 = predict here.
+            image: (B, 3, H, H) in [-1, 1]. text_ids: (B, T), or (B*N, T): N captions of each picture, one after the
+                other; the picture is then computed once for all of them. padding_mask: as text_ids, 1 = padding.
+            language_masked_pos: as text_ids, 1 = predict here.
+            masked_index: (n,) int64, the same positions as numbers in the flattened text_ids, in place of
+                language_masked_pos: how many there are is then known without waiting for the device.
 
         Returns:
             Logits (masked positions, vocabulary), row-major over (sample, position).
         """
         _, text = self.beit3(image, text_ids, padding_mask, causal_text=True, image_rows=0)
+        if masked_index is not None:
+            return self.mlm_head(text.flatten(0, 1).index_select(0, masked_index))
+        if language_masked_pos is None:
+            raise ValueError("which positions to predict? Give language_masked_pos or masked_index")
         return self.mlm_head(text[language_masked_pos.bool()])
 
 

@@ -299,7 +299,8 @@ class BEiT3(nn.Module):
         """Args:
             image: (B, 3, H, H) in [-1, 1], or None. text_ids: (B, T) token ids, or None.
             padding_mask: (B, T) bool or integer, 1 = padding.
-            causal_text: text attends to the picture and to itself and earlier text, the picture to itself only.
+            causal_text: text attends to the picture and to itself and earlier text, the picture to itself only. The
+                texts may then be (B*N, T): rows i*N … i*N+N-1 are texts of picture i, which is computed once for all.
             image_rows, text_rows: how many leading positions of the last layer are wanted (None = all, 0 = none).
 
         Returns:
@@ -310,7 +311,11 @@ class BEiT3(nn.Module):
         padding_mask = None if padding_mask is None or text_ids is None else padding_mask.bool()
         x_image = None if image is None else self.embed_image(image)
         x_text = None if text_ids is None else self.embed_text(text_ids, padding_mask)
+        texts = _texts_per_image(x_image, x_text)
+        assert texts == 1 or (causal_text and text_rows in (None, 0)), "several texts per picture need causal_text"
         rule = attention_rule(x_image, x_text, padding_mask, causal_text)
+        if x_text is not None and texts > 1:
+            x_text = x_text.unflatten(0, (-1, texts)).flatten(1, 2)  # (B, N*T, W): the texts of a picture in one row
         *inner, last = self.encoder.layers
         for layer in inner:
             x_image, x_text = self._run(layer, x_image, x_text, rule)
@@ -319,6 +324,8 @@ class BEiT3(nn.Module):
             norm = self.encoder.layer_norm
             x_image = None if x_image is None else norm.A(x_image)
             x_text = None if x_text is None else norm.B(x_text)
+        if x_text is not None and texts > 1:
+            x_text = x_text.unflatten(1, (texts, -1)).flatten(0, 1)
         return x_image, x_text
 
     def _run(self, layer: nn.Module, *inputs: object) -> tuple[Tensor | None, Tensor | None]:
@@ -327,13 +334,24 @@ class BEiT3(nn.Module):
         return layer(*inputs)
 
 
+def _texts_per_image(image: Tensor | None, text: Tensor | None) -> int:
+    """N of texts (B*N, T, W) and pictures (B, P+1, W); 1 where one of them is missing."""
+    if image is None or text is None:
+        return 1
+    texts, rest = divmod(text.shape[0], image.shape[0])
+    if rest or not texts:
+        raise ValueError(f"{text.shape[0]} texts cannot be shared evenly among {image.shape[0]} pictures")
+    return texts
+
+
 def attention_rule(
     image: Tensor | None, text: Tensor | None, padding_mask: Tensor | None, causal_text: bool
 ) -> AttentionRule:
     """The rule for one batch, built once and used by every layer.
 
     Args:
-        image: (B, P+1, W) or None. text: (B, T, W) or None. padding_mask: (B, T) bool, True = padding, or None.
+        image: (B, P+1, W) or None. text: (B, T, W) or None; (B*N, T, W) for N texts of each picture, whose mask is
+            (B, 1, N*T, P+1+N*T). padding_mask: of the shape of the texts, bool, True = padding, or None.
     """
     if text is None:
         return AttentionRule()
@@ -350,5 +368,11 @@ def attention_rule(
         attend = attend & ~padding_mask[:, None, None, :]
     if not causal_text:
         attend = attend[:, :, :1]  # one row serves every query
+    texts = _texts_per_image(image, text)
+    if texts > 1:
+        # Texts of one picture stand in one row and do not see each other: blocks along the diagonal.
+        same_text = torch.eye(texts, dtype=torch.bool, device=text.device)[:, None, :, None]  # (N, 1, N, 1)
+        blocks = same_text & attend.view(-1, texts, length, 1, length)  # (B, N, T, N, T)
+        attend = blocks.flatten(3).flatten(1, 2).unsqueeze(1)  # (B, 1, N*T, N*T)
     mask = F.pad(attend, (image_keys, 0), value=True)
     return AttentionRule(mask, image_sees_text=not causal_text)

@@ -167,6 +167,7 @@ def test_a_meteor_that_hangs_is_ended_and_left_out(fake_java, hang):
         ("exit 0", "its program failed"),
         ("echo 'Could not create the Java Virtual Machine.' >&2; exit 1", "Could not create the Java Virtual Machine."),
         ("while read line; do echo nonsense; done", "could not convert string to float"),
+        ("while read line; do echo nonsense; done; exec sleep 600", "could not convert string to float"),
         ("read line; echo 1.0; exit 3", "its program failed"),
     ],
 )
@@ -226,13 +227,13 @@ def test_spice_scores_are_read_from_its_result_file(spice_models, fake_java, tmp
     (tmp_path / "found.json").write_text(json.dumps(found))
     # java -jar -Xmx8G spice-1.0.jar IN -out OUT -subset -silent
     fake_java(f'cp "$4" {tmp_path}/asked.json; cp {tmp_path}/found.json "$6"')
-    result = score({1: "A dog!", 2: "a cat"}, DOGS, spice=True)
+    result = score({2: "a cat", 1: "A dog!"}, DOGS, spice=True)  # not in the order of the references
     assert json.loads((tmp_path / "asked.json").read_text()) == [
         {"image_id": 0, "test": "a dog", "refs": DOGS[1]},
         {"image_id": 1, "test": "a cat", "refs": DOGS[2]},
     ]
     assert result.per_image[1]["SPICE"] == 0.25
-    assert result.as_json()["per_image"][1]["SPICE"] is None
+    assert result.as_json()["per_image"][1]["SPICE"] is None and result.as_json()["SPICE"] is None
     assert "SPICE" not in result.left_out
 
 
@@ -380,8 +381,8 @@ def test_a_reference_file_that_is_missing_is_refused(tmp_path):
 def test_the_best_constant_caption_is_the_one_that_pycocoevalcap_scores_best():
     candidates = sorted({caption for captions in REFERENCES.values() for caption in captions})[::10]
     by_caption = {c: score(dict.fromkeys(REFERENCES, c), REFERENCES).scores["CIDEr"] for c in candidates}
-    best = max(by_caption, key=by_caption.get)
-    assert by_caption[best] > 2 * sorted(by_caption.values())[len(by_caption) // 2]
+    best = max(by_caption, key=by_caption.__getitem__)
+    assert by_caption[best] > 1.5 * sorted(by_caption.values())[len(by_caption) // 2]
     for limit in (None, len(candidates)):
         caption, cider = best_constant_caption(candidates, REFERENCES, limit)
         assert caption == best and cider == pytest.approx(by_caption[best], abs=1e-9)

@@ -63,6 +63,7 @@ def test_the_tokens_of_strings_that_are_in_no_table_are_those_of_the_java_tokeni
         ("A cat 😀👨\u200d👩\u200d👧🇺🇸 naps", "a cat naps"),
         ("I ❤ café 犬 so\u00adft", "i ❤ café 犬 soft"),
         ("£5 €6 ¥7 8¢", "# 5 $ 6 ¥ 7 8 cents"),
+        ("see http://ab.c\u0085", "see http://ab.c"),
         ("", ""),
         (" .  , ", ""),
     ],
@@ -74,6 +75,7 @@ def test_a_caption_reads(caption, tokens):
 def test_a_line_end_within_a_caption_is_a_space_and_moves_no_word_to_the_next_caption():
     for line_end in "\n\x0b\x0c\r\u2028\u2029":
         assert tokenize_lines([f"a{line_end}dog", f"{line_end}", "cat"]) == ["a dog", "", "cat"]
+        assert tokenize(f"1{line_end}1/2") == tokenize("1 1/2")
     assert tokenize_lines(['a <b c="d', 'e"> f', "cat"]) == ["a < b c = d", "e > f", "cat"]
 
 

@@ -18,7 +18,7 @@ from beit3.errors import InputError
 from beit3.metrics.java_scorers import LeftOut, meteor_scores, spice_scores
 from beit3.metrics.ptb_tokenizer import tokenize_lines
 
-ImageId = int | str
+ImageId = Any  # int or str; the keys of a Mapping are invariant, so a union would refuse a dict of ints
 Tokenized = dict[Any, list[str]]  # by image: captions of tokens between spaces, as pycocoevalcap wants them
 
 JAVA_TIMEOUT = 1800.0  # seconds; METEOR needs about a minute for the 5000 images of the Karpathy test split
@@ -50,11 +50,8 @@ class CaptionScores:
 
         A score that is not a number (SPICE has such) is null, which every reader of JSON understands.
         """
-        per_image: list[dict[str, Any]] = []
-        for image, scores in self.per_image.items():
-            shown = {name: None if math.isnan(score) else score for name, score in scores.items()}
-            per_image.append({"image_id": image, **shown})
-        return {**self.scores, "left_out": self.left_out, "per_image": per_image}
+        per_image = [{"image_id": image, **_nan_as_null(scores)} for image, scores in self.per_image.items()]
+        return {**_nan_as_null(self.scores), "left_out": self.left_out, "per_image": per_image}
 
 
 def caption_metrics(
@@ -69,8 +66,8 @@ def caption_metrics(
 
     predictions: image id → caption, raw text. "" is a caption: it scores 0, as in pycocoevalcap.
     references: image id → at least one caption, raw text; e.g. from `load_references`.
-    meteor, spice: whether to try the two that need Java. What keeps them from running for `java_timeout` seconds ends
-    in `left_out`, and in one line of the log; it is no error and leads to no download.
+    meteor, spice: whether to try the two that need Java, each for at most `java_timeout` seconds. What keeps one from
+    running is told in `left_out` and in one line of the log; it is no error and leads to no download.
 
     Raises InputError, listing every mistake: a prediction for an unknown image, an image without a prediction or
     without references, an empty reference, captions that are not text.
@@ -113,6 +110,10 @@ def _python_scores(wanted: Tokenized, predicted: Tokenized) -> tuple[dict[str, f
     names = ["Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "ROUGE_L", "CIDEr"]
     scores = dict(zip(names, map(float, [*bleu, rouge, cider]), strict=True))
     return scores, dict(zip(names, [*bleu_by_image, rouge_by_image, cider_by_image], strict=True))
+
+
+def _nan_as_null(scores: Mapping[str, float]) -> dict[str, float | None]:
+    return {name: None if math.isnan(score) else score for name, score in scores.items()}
 
 
 def _tokenize(captions: Mapping[ImageId, Sequence[str]]) -> Tokenized:

@@ -130,7 +130,7 @@ def _pycocoevalcap() -> Path:
 
 
 def _last_line(complaints: IO[bytes]) -> str:
-    """What a program wrote at the end, or the first line of a Java stack trace, which says more."""
+    """The last line a program complained with, without the stack trace that Java writes behind it."""
     complaints.seek(0)
     lines = [line.strip() for line in complaints.read().decode("utf-8", "replace").splitlines()]
     lines = [line for line in lines if line and not line.startswith(("at ", "..."))]

@@ -86,8 +86,8 @@ NUMBERED_ABBREVIATIONS = "art ca fig figs no nos op pp prop"
 
 # A single letter with a full stop (an initial) loses the full stop when one of these begins the next sentence.
 SENTENCE_STARTERS = (
-    "about according additionally after a an as at but earlier he her here however if in it last many more now once "
-    "one other our she since so some such that the their then there these they this we what when while yet you"
+    "about according additionally after a an as at but earlier he her here however if in it last many more mr. ms. now "
+    "once one other our she since so some such that the their then there these they this we what when while yet you"
 )
 
 # File name endings that hold even a name without letters together, as in 001.jpg.

@@ -8,7 +8,8 @@ and a full stop at the end of a caption can depend on the caption in the next li
 
 Not copied, because there the reference moves words from one caption to the next: a line end within a caption (also
 U+000B, U+000C, U+000D, U+2028, U+2029) is read as a space, and a tag such as `<a b="…">` ends with its line.
-Known to differ: the lower case of Σ beside a hyphen, underscore or digit, where Java finds word ends of its own.
+Known to differ: the lower case of Σ beside a hyphen, underscore or digit, where Java finds word ends of its own, and
+an address that is nothing but one emoji (`http://😀`), in which Java counts two characters.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ def tokenize_lines(captions: Sequence[str]) -> list[str]:
 
     That is how pycocoevalcap calls it, and it can show where a caption ends with an initial or with "no.": before a
     line that begins with "A " or "The " the full stop of `vitamin C.` is the end of a sentence and goes, else it
-    stays with the letter. Equal to `tokenize` for captions that do not end like that.
+    stays with the letter. Equal to `tokenize` for captions that do not end like that, but for a `:)`, `'n` or `'99`
+    with which the last caption ends: the reference wants to see a character behind these.
     """
     lines = [caption.translate(_LINE_ENDS) for caption in captions]
     text = "\n".join(lines)
@@ -107,9 +109,13 @@ def _ampersands(text: str) -> list[str]:
     return _word(re.sub(_caseless("&amp;"), "&", text))
 
 
-def _brackets(text: str) -> list[str]:
-    """A token with spaces inside (a telephone number, 1 1/2, a tag) carries no-break spaces there."""
-    return [text.replace(" ", "\u00a0").replace("(", "-lrb-").replace(")", "-rrb-")]
+def _with_spaces(text: str) -> list[str]:
+    """A token with spaces inside (a tag, a telephone number, 1 1/2) carries no-break spaces there."""
+    return [text.replace(" ", "\u00a0")]
+
+
+def _with_brackets(text: str) -> list[str]:
+    return _with_spaces(text.replace("(", "-lrb-").replace(")", "-rrb-"))
 
 
 def _always(token: str) -> Emit:
@@ -193,7 +199,9 @@ _ENDING_ABBREVIATION = _any_of(
     ]
 )
 _NUMBERED_ABBREVIATION = _any_of(map(_caseless, tables.NUMBERED_ABBREVIATIONS.split()))
-_STARTER = _any_of(case(word) for word in tables.SENTENCE_STARTERS.split() for case in (str.capitalize, str.upper))
+_STARTER = _any_of(
+    re.escape(word[0].upper()) + _caseless(re.escape(word[1:])) for word in tables.SENTENCE_STARTERS.split()
+)
 
 _NAME = r"[A-Za-z][A-Za-z0-9_:.-]*"
 _ATTRIBUTE = rf"{_NAME}(?: *= *(?:\"[^\"\n]*\"|'[^'\n]*'))?"
@@ -210,10 +218,8 @@ _EMAIL_PART = r'[^\t\n \u00a0"<>|(){}.]+'
 # --- The rules: group 1 is the token, the rest of the match is what must stand behind it ---
 
 _ADDRESS_RULES: list[tuple[str, Emit]] = [
-    (f"({_TAG})", _brackets),
+    (f"({_TAG})", _with_spaces),
     (rf"([hH][tT][tT][pP][sS]?://{_URL_CHAR}+{_URL_LAST})", _as_written),
-    (f"({_WWW})", _as_written),
-    (f"({_WWW}{_PATH})", _as_written),
     (rf"((?:<|{_caseless('&lt;')})?[A-Za-z0-9]{_EMAIL_CHAR}*@{_EMAIL_PART}(?:\.{_EMAIL_PART})*>?)", _as_written),
     ("(@[A-Za-z_][A-Za-z_0-9]*)", _as_written),
     (f"(#{_FIRST}+)", _as_written),
@@ -244,6 +250,8 @@ _APOSTROPHE_RULES: list[tuple[str, Emit]] = [
 
 _WORD_RULES: list[tuple[str, Emit]] = [
     (f"({_WORD})", _word),
+    (f"({_WWW})", _as_written),
+    (f"({_WWW}{_PATH})", _as_written),
     (f"({_HOST}{_TLD}(?:{_PATH})?)", _as_written),  # flickr.com/photos
     (rf"((?:{_ENDING_ABBREVIATION})\.)(?s:..)", _word),
     (rf"((?:{_ENDING_ABBREVIATION}|{_ABBREVIATION})\.)", _word),
@@ -251,6 +259,7 @@ _WORD_RULES: list[tuple[str, Emit]] = [
     (rf"([A-Za-z]\.)(?!{_BLANK}+(?:{_STARTER}|{_TAG}){_BLANK})", _word),
     (rf"({_NUMBERED_ABBREVIATION}\.)(?={_BLANK}?[0-9])", _word),
     (f"({_HYPHENED})", _word),
+    (_caseless("((?:anti|pro)-)"), _word),
     (f"({_DOTTED_HYPHENED})", _word),
     (f"({_ACRONYMS})", _ampersands),
     (rf"({_SLASHED}(?:\\?/{_SLASHED}){{1,2}})", _word),
@@ -262,19 +271,19 @@ _WORD_RULES: list[tuple[str, Emit]] = [
 
 _NUMBER_RULES: list[tuple[str, Emit]] = [
     (f"([-+]?(?:[{_DIGIT}]*(?:[.:,{_SOFT}\u066b\u066c][{_DIGIT}]+)+|[{_DIGIT}]+))", _word),  # 1,000 7:30 -.5
-    (rf"((?:[{_DIGIT}]{{1,4}}[- \u00a0])?[{_DIGIT}]{{1,4}}(?:\\?/|\u2044)[{_DIGIT}]{{1,4}})", _brackets),  # 1 1/2
+    (rf"((?:[{_DIGIT}]{{1,4}}[- \u00a0])?[{_DIGIT}]{{1,4}}(?:\\?/|\u2044)[{_DIGIT}]{{1,4}})", _with_spaces),  # 1 1/2
     (f"([{_DIGIT}]{{1,2}}[-/][{_DIGIT}]{{1,2}}[-/][{_DIGIT}]{{2,4}})", _word),  # a date
     (
         r"((?:\([0-9]{2,3}\)[ \u00a0]?|(?:\+\+?)?(?:[0-9]{2,4}[- \u00a0])?[0-9]{2,4}[- \u00a0])"
         r"[0-9]{3,4}[- \u00a0]?[0-9]{3,5})",
-        _brackets,
+        _with_brackets,
     ),  # a telephone number, which any three numbers in a row can be
     (r"([A-Z]+\$)", _word),  # US$
 ]
 
 _FACE_RULES: list[tuple[str, Emit]] = [
-    (r"([<>]?[:;=][-o*']?[()DdPpO\\{@|\[\]])(?=[^A-Za-z0-9])", _brackets),
-    (r"(\([-^x=~<>'][_.]?[-^x=~<>']\))", _brackets),
+    (r"([<>]?[:;=][-o*']?[()DdPpO\\{@|\[\]])(?=[^A-Za-z0-9])", _with_brackets),
+    (r"(\((?:[-^x=~<>'][_.]?[-^x=~<>']|[\^x=~<>']-[\^x=~<>'])\))", _with_brackets),
     (r"([-^x=~<>']_[-^x=~<>'])", _word),
 ]
 
@@ -285,9 +294,9 @@ _SIGN_RULES: list[tuple[str, Emit]] = [
     (r"(\.{3,5}|(?:\.[ \u00a0]){2,4}\.)", _punctuation),
     ("(-{5,}|[!?]{2,})", _as_written),
     ("([`\u2018\u2019\u201a-\u201f\u00ab\u00bb\u2039\u203a\u0091-\u0094]{1,2})", _ascii_quotes),
-    (r"(\*+|_+|@+|#+|<<|>>|[<>/+\u2044]|\\\*)", _as_written),
+    (r"(\*+|_+|@+|#+|<<|>>|[<>/+\u2044]|(?:\\\*)+)", _as_written),
     (f"([{_char_class(tables.SYMBOL_RANGES)}])", _as_written),
-    ("([\u00b9\u00b2\u00b3\u2070\u2074-\u2079]+|[\u2080-\u2089]+)", _as_written),
+    ("([\u207a\u207b]?[\u00b9\u00b2\u00b3\u2070\u2074-\u2079]+|[\u208a\u208b]?[\u2080-\u2089]+)", _as_written),
     (_caseless("(&(?:ht|tl|ur|lr|qc|ql|qr|odq|cdq|apos|quot);|&#[0-9]+;)"), _as_written),
     ("(-[lLrR][rRcCsS][bB]-)", _as_written),
     *((f"({_caseless(f'&{name};')})", _always(sign)) for name, sign in {"amp": "&", "lt": "<", "gt": ">"}.items()),

@@ -350,6 +350,16 @@ H₂O
 naïve coöperate
 İstanbul ISPARTA ıspanak
 ǅ titlecase
+www.big-dogs.com or www.big-dogs.co/dogs/index_12
+dogs, cats, etc.-a lot
+on 1/1-11 and 12-25/2014
+¾ of a cup, ⅔ of a cup
+an anti- and a pro-war sign, (anti-)war
+Plan B. Ms. Smith has plan C. Mrs. Smith
+m s⁻¹, CO₂ and Na⁺, 10⁻¹²
+a face ('-') and another (^_^)
+<img alt="a dog (brown)"> in the page
+\\*bold\\* and \\*\\*bolder\\*\\*
 """.strip("\n").split("\n")
 CAPTIONS += ["", "new\nline", "carriage\r\nreturn", "ends with newline\n", "\n", "first.\nSecond", "\u2028", "x" * 3000]
 
