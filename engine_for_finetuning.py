@@ -197,6 +197,55 @@ def _mean_over_processes(means: dict[str, float]) -> dict[str, float]:
     return {name: sum(each[name] for each in everyone) / len(everyone) for name in means}
 
 
+@dataclass(frozen=True)
+class Validation:
+    """What validation after an epoch gave.
+
+    Attributes:
+        scores: all of them; those of the averaged weights begin with "ema_".
+        score: the better one of the task's best metric; None when the right answers are not known.
+        averaged: whether the averaged weights gave it.
+        files: what the task keeps of it, name → JSON content; on the first process only.
+    """
+
+    scores: dict[str, float]
+    score: float | None
+    averaged: bool
+    files: dict[str, Any]
+
+
+def validate(run: TrainingRun, loader: DataLoader, epoch: int) -> Validation:
+    """Score the weights, and their average when one is kept. Collective."""
+    metric = run.task.best_metric
+    scores, files = _score(run, loader, epoch, f"validation after epoch {epoch}")
+    if run.ema is None:
+        return Validation(scores, scores.get(metric), False, files)
+    with run.ema.applied_to(run.backend.module):
+        averaged, averaged_files = _score(run, loader, epoch, f"validation of the average after epoch {epoch}")
+    better = metric in averaged and averaged[metric] > scores[metric]
+    every = {**scores, **{f"ema_{name}": value for name, value in averaged.items()}}
+    return Validation(every, (averaged if better else scores).get(metric), better, averaged_files if better else files)
+
+
+def _score(run: TrainingRun, loader: DataLoader, epoch: int, what: str) -> tuple[dict[str, float], dict[str, Any]]:
+    backend = run.backend
+    records = evaluate(
+        run.task,
+        backend.model,
+        loader,
+        run.process,
+        autocast=backend.autocast,
+        input_dtype=backend.input_dtype,
+        what=what,
+    )
+    scores: dict[str, float] = {}
+    files: dict[str, Any] = {}
+    if run.process.is_main:
+        scores = run.task.metrics(records)
+        files = run.task.validation_files(records, epoch)
+    return utils.broadcast(scores), files
+
+
 def evaluate(
     task: Task,
     model: nn.Module,

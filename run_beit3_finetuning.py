@@ -30,7 +30,7 @@ from beit3.files import atomic_write
 from beit3.images import screen_images
 from beit3.weights import Checkpoint, load_weights, newest_checkpoint, read_checkpoint, write_weights
 from datasets import EpochSampler, EvaluationSampler, ImageTextDataset, build_loader
-from engine_for_finetuning import TrainingRun, evaluate, train_one_epoch
+from engine_for_finetuning import TrainingRun, Validation, evaluate, train_one_epoch, validate
 from modeling_finetune import MODEL_NAMES, BEiT3Model
 from optim_factory import cosine_schedule, create_optimizer, parameter_groups
 from tasks import PLANNED, TASKS, Record, Task, TaskSettings
@@ -48,7 +48,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     _add_optimizer_flags(parser.add_argument_group("optimizer and schedule"))
     _add_data_flags(parser.add_argument_group("data"))
     _add_run_flags(parser.add_argument_group("run"))
-    _add_task_flags(parser.add_argument_group("captioning"))
+    _add_captioning_flags(parser.add_argument_group("captioning"))
     _add_imagenet_flags(parser.add_argument_group("ImageNet classification (not there yet)"))
     _add_deepspeed_flags(parser.add_argument_group("DeepSpeed"))
     return parser.parse_args(argv)
@@ -105,9 +105,7 @@ def _add_data_flags(group: Any) -> None:
     group.add_argument("--num_workers", type=int, default=10, help="loader processes per process")
     group.add_argument("--pin_mem", action="store_true", default=True, help="page-locked batches, for GPUs")
     group.add_argument("--no_pin_mem", action="store_false", dest="pin_mem")
-    group.add_argument(
-        "--task_cache_path", type=Path, default=None, help="default --output_dir; for ground truth made once"
-    )
+    group.add_argument("--task_cache_path", default=None, help="no effect: ground truth lies beside the index")
 
 
 def _add_run_flags(group: Any) -> None:
@@ -143,13 +141,18 @@ def _add_run_flags(group: Any) -> None:
     group.add_argument("--dist_url", default="env://", help="how processes find each other")
 
 
-def _add_task_flags(group: Any) -> None:
-    group.add_argument("--captioning_mask_prob", type=float, default=0.6)
-    group.add_argument("--drop_worst_ratio", type=float, default=0.2)
-    group.add_argument("--drop_worst_after", type=int, default=12000)
-    group.add_argument("--num_beams", type=int, default=3)
-    group.add_argument("--length_penalty", type=float, default=0.6)
-    group.add_argument("--label_smoothing", type=float, default=0.1)
+def _add_captioning_flags(group: Any) -> None:
+    group.add_argument("--captioning_mask_prob", type=float, default=0.6, help="share of a caption's tokens hidden")
+    group.add_argument(
+        "--drop_worst_ratio", type=float, default=0.2, help="share of hidden tokens left out as too hard"
+    )
+    group.add_argument("--drop_worst_after", type=int, default=12000, help="steps before that begins")
+    group.add_argument("--num_beams", type=int, default=3, help="beams of the search; 1 = greedy")
+    group.add_argument("--length_penalty", type=float, default=0.6, help="exponent of the length that divides scores")
+    group.add_argument("--label_smoothing", type=float, default=0.1, help="probability spread over other tokens, 0-1")
+    group.add_argument(
+        "--captions_per_image", type=int, default=1, help="captions learned in one pass over their picture"
+    )
 
 
 def _add_imagenet_flags(group: Any) -> None:
@@ -238,6 +241,13 @@ def task_settings(args: argparse.Namespace) -> TaskSettings:
         train_interpolation=args.train_interpolation,
         crop_scale=tuple(args.crop_scale),
         seed=args.seed,
+        captioning_mask_prob=args.captioning_mask_prob,
+        drop_worst_ratio=args.drop_worst_ratio,
+        drop_worst_after=args.drop_worst_after,
+        num_beams=args.num_beams,
+        length_penalty=args.length_penalty,
+        label_smoothing=args.label_smoothing,
+        captions_per_image=args.captions_per_image,
     )
 
 
@@ -266,7 +276,7 @@ def describe_model(args: argparse.Namespace, task: Task) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "model": model_name(args, type(task)),
-        "task": task.name,
+        "task": task.trains_as,
         "image_size": args.input_size,
         "vocab_size": args.vocab_size,
         "num_max_bpe_tokens": args.num_max_bpe_tokens,
@@ -283,7 +293,7 @@ def check_description(description: dict[str, Any], args: argparse.Namespace, tas
     """
     said = {
         "model": model_name(args, type(task)),
-        "task": task.name,
+        "task": task.trains_as,
         "image_size": args.input_size,
         "vocab_size": args.vocab_size,
         "tokenizer_sha256": task.tokenizer.sha256,
@@ -411,60 +421,37 @@ def train(args: argparse.Namespace, task: Task, process: utils.Process) -> None:
     )  # fmt: skip
     for epoch in range(progress.epoch, args.epochs):
         training = train_one_epoch(run, epoch, steps_per_epoch)
-        validation, best_weights = _validate(run, val_loader, epoch)
-        progress = _keep_best(args, run, progress, epoch, validation, best_weights)
+        validation = validate(run, val_loader, epoch)
+        progress = _keep_best(args, run, progress, epoch, validation)
         if args.output_dir and args.save_ckpt and ((epoch + 1) % args.save_ckpt_freq == 0 or epoch + 1 == args.epochs):
             _save(args, run, progress)
         _log_epoch(args, process, epoch, training, validation, parameters)
-    if progress.best_epoch >= 0:
+    if progress.best > -math.inf:
         logger.info("best validation %s %.2f, after epoch %d", task.best_metric, progress.best, progress.best_epoch)
 
 
-def _validate(run: TrainingRun, loader: DataLoader, epoch: int) -> tuple[dict[str, float], str]:
-    """Scores of the weights, and of their average when one is kept; and which of the two is better."""
-    evaluate_now = functools.partial(
-        evaluate,
-        run.task,
-        run.backend.model,
-        loader,
-        run.process,
-        autocast=run.backend.autocast,
-        input_dtype=run.backend.input_dtype,
-    )
-    metrics = run.task.metrics(evaluate_now(what=f"validation after epoch {epoch}"))
-    if run.ema is None:
-        return metrics, "weights"
-    with run.ema.applied_to(run.backend.module):
-        averaged = run.task.metrics(evaluate_now(what=f"validation of the averaged weights after epoch {epoch}"))
-    best = "average" if averaged[run.task.best_metric] > metrics[run.task.best_metric] else "weights"
-    return {**metrics, **{f"ema_{name}": value for name, value in averaged.items()}}, best
-
-
 def _keep_best(
-    args: argparse.Namespace,
-    run: TrainingRun,
-    progress: Progress,
-    epoch: int,
-    validation: dict[str, float],
-    best_weights: str,
+    args: argparse.Namespace, run: TrainingRun, progress: Progress, epoch: int, validation: Validation
 ) -> Progress:
-    """The progress after this epoch; writes `checkpoint-best` when the validation metric improved."""
-    metric = run.task.best_metric
-    score = validation[metric if best_weights == "weights" else f"ema_{metric}"]
-    if score <= progress.best:
+    """The progress after this epoch; writes `checkpoint-best` when the validation metric improved.
+
+    Where validation cannot be scored, the last epoch counts as the best.
+    """
+    if validation.score is not None and validation.score <= progress.best:
         return Progress(epoch + 1, progress.best, progress.best_epoch)
     if args.output_dir and args.save_ckpt:
-        averages = (
-            run.ema.averages.items()
-            if run.ema is not None and best_weights == "average"
-            else run.backend.full_parameters()
-        )
-        weights = {name: tensor.detach().float().cpu() for name, tensor in averages}
-        description = {**describe_model(args, run.task), "epoch": epoch, metric: score, "from": best_weights}
+        best = run.ema.averages.items() if run.ema and validation.averaged else run.backend.full_parameters()
+        weights = {name: tensor.detach().float().cpu() for name, tensor in best}
+        description = {
+            **describe_model(args, run.task),
+            "epoch": epoch,
+            run.task.best_metric: validation.score,
+            "from": "average" if validation.averaged else "weights",
+        }
         if run.process.is_main:
             write_weights(Path(args.output_dir) / f"checkpoint-best{run.backend.suffix}", weights, description)
         utils.barrier()
-    return Progress(epoch + 1, score, epoch)
+    return Progress(epoch + 1, progress.best if validation.score is None else validation.score, epoch)
 
 
 def _save(args: argparse.Namespace, run: TrainingRun, progress: Progress) -> None:
@@ -507,16 +494,19 @@ def _log_epoch(
     process: utils.Process,
     epoch: int,
     training: dict[str, float],
-    validation: dict[str, float],
+    validation: Validation,
     parameters: int,
 ) -> None:
     entry = {f"train_{name}": value for name, value in training.items()}
-    entry |= {f"val_{name}": value for name, value in validation.items()}
+    entry |= {f"val_{name}": value for name, value in validation.scores.items()}
     entry |= {"epoch": epoch, "n_parameters": parameters}
     logger.info(
         "epoch %d: %s", epoch, "  ".join(f"{k} {v:.4g}" for k, v in entry.items() if k not in ("epoch", "n_parameters"))
     )
     if args.output_dir and process.is_main:
+        for name, content in validation.files.items():
+            with atomic_write(Path(args.output_dir) / name) as file:
+                json.dump(content, file)
         with (Path(args.output_dir) / "log.txt").open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
 

@@ -44,8 +44,12 @@ _VAL_PATTERN = ("val", "test", "val", "test", "restval")  # which of Karpathy's 
 _JPEG_QUALITY = 95  # with colours at full resolution: halved, shapes this small get coloured rims
 _VOCABULARY = 300  # pieces at most
 _INFO = {
-    "description": "Made-up pictures and questions in the format of VQA v2.0", "url": "", "version": "2.0",
-    "year": 2017, "contributor": "demo.make", "date_created": "2017-04-26 17:07:13",
+    "description": "Made-up pictures and questions in the format of VQA v2.0",
+    "url": "",
+    "version": "2.0",
+    "year": 2017,
+    "contributor": "demo.make",
+    "date_created": "2017-04-26 17:07:13",
 }
 _LICENSE = {"url": "", "name": "Made by a program; free to use for anything"}
 
@@ -55,7 +59,7 @@ class Settings:
     """What the demo depends on. Sizes are numbers of pictures; `blind` makes each picture one grey."""
 
     seed: int = 0
-    train: int = 3000
+    train: int = 6000
     val: int = 400
     test: int = 200
     blind: bool = False
@@ -81,7 +85,7 @@ class Picture:
 def make_demo(
     out: str | os.PathLike[str],
     seed: int = 0,
-    train: int = 3000,
+    train: int = 6000,
     val: int = 400,
     test: int = 200,
     blind: bool = False,
@@ -125,7 +129,9 @@ def plan_pictures(settings: Settings) -> list[Picture]:
     dealt = share_out(_SCENE_SHARES, rng)
     val_splits = [_VAL_PATTERN[i % len(_VAL_PATTERN)] for i in range(settings.val)]
     splits = {
-        "train2014": ["train"] * settings.train, "val2014": val_splits, "test2015": ["test2015"] * settings.test,
+        "train2014": ["train"] * settings.train,
+        "val2014": val_splits,
+        "test2015": ["test2015"] * settings.test,
     }
     scenes = {
         split: iter(pick_scenes(dealt[split], sum(names.count(split) for names in splits.values()), rng))
@@ -205,7 +211,8 @@ def _write_vqa(folder: Path, pictures: list[Picture], seed: int) -> None:
             chosen = chosen[::4]
         rows = [
             (picture.id, picture.id * 1000 + number, question)
-            for picture in chosen for number, question in enumerate(picture.questions)
+            for picture in chosen
+            for number, question in enumerate(picture.questions)
         ]
         common = {"info": _INFO, "license": _LICENSE, "data_type": "mscoco", "data_subtype": subset}
         questions = [
@@ -240,10 +247,17 @@ def _karpathy_images(pictures: list[Picture]) -> list[dict[str, Any]]:
             {"tokens": tokens(caption), "raw": caption, "imgid": imgid, "sentid": sentid}
             for sentid, caption in zip(sentids, picture.captions, strict=True)
         ]
-        images.append({
-            "filepath": picture.folder, "sentids": list(sentids), "filename": picture.filename, "imgid": imgid,
-            "split": picture.split, "sentences": sentences, "cocoid": picture.id,
-        })
+        images.append(
+            {
+                "filepath": picture.folder,
+                "sentids": list(sentids),
+                "filename": picture.filename,
+                "imgid": imgid,
+                "split": picture.split,
+                "sentences": sentences,
+                "cocoid": picture.id,
+            }
+        )
     return images
 
 
@@ -270,7 +284,10 @@ def _train_tokenizer(texts: Iterable[str]) -> bytes:
         hard_vocab_limit=False,  # there may be fewer
         character_coverage=1.0,
         required_chars=string.ascii_letters + string.digits + ".,?!'",
-        unk_id=0, bos_id=1, eos_id=2, pad_id=-1,
+        unk_id=0,
+        bos_id=1,
+        eos_id=2,
+        pad_id=-1,
         num_threads=1,  # the same bytes each time
         minloglevel=2,
     )

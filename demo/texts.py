@@ -39,7 +39,11 @@ WORDINGS = {
 }
 NUMBERS = tuple(str(number) for number in range(1, MAX_THINGS + 1))
 ANSWERS = {
-    "color": tuple(COLORS), "shape": SHAPES, "count": NUMBERS, "count kind": NUMBERS, "exists": ("yes", "no"),
+    "color": tuple(COLORS),
+    "shape": SHAPES,
+    "count": NUMBERS,
+    "count kind": NUMBERS,
+    "exists": ("yes", "no"),
 }  # the answers that make sense to each kind of question; 12 in all
 ANSWER_TYPES = {"color": "other", "shape": "other", "count": "number", "count kind": "number", "exists": "yes/no"}
 _NUMBER_WORDS = ("no", "one", "two", "three")
@@ -133,7 +137,9 @@ def _present_and_missing(scene: Scene) -> list[tuple[str, str]]:
     colors, shapes = {thing.color for thing in scene}, {thing.shape for thing in scene}
     return [
         (f"{color} {shape}", "yes" if (color, shape) in present else "no")
-        for color in COLORS for shape in SHAPES if color in colors or shape in shapes
+        for color in COLORS
+        for shape in SHAPES
+        if color in colors or shape in shapes
     ]
 
 
@@ -161,7 +167,7 @@ def ten_answers(question: Question, rng: random.Random) -> list[dict[str, object
 
 
 def captions(scene: Scene, shade: str, rng: random.Random) -> list[str]:
-    """Five different descriptions of a scene on a background of that shade ("light" or "dark")."""
+    """Five different descriptions of a scene on a background of that shade ("black" or "dark blue")."""
     with_places = [f"{_a(thing)} {_place(thing, rng)}" for thing in scene]
     backwards = [f"{_a(thing)} {_place(thing, rng)}" for thing in reversed(scene)]
     things = _list(_grouped(scene))

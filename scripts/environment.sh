@@ -55,6 +55,13 @@ RUNTIME_MODULES="torch torchvision timm deepspeed transformers sentencepiece pyc
 # Leaves in $TASK the task, in $GPUS the number of processes and in the array launch the start of a torchrun command.
 choose_task_and_launcher() {
     TASK=${TASK:-vqav2}
+    case $TASK in
+        vqav2 | coco_captioning | nocaps) ;;
+        *)
+            echo "error: TASK=$TASK is not there yet; there are vqav2, coco_captioning, nocaps" >&2
+            return 2
+            ;;
+    esac
     GPUS=${GPUS:-$("$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))')}
     launch=("$PYTHON" -m torch.distributed.run --nproc_per_node "$GPUS")
     if [ "${NNODES:-1}" = 1 ]; then
@@ -63,7 +70,4 @@ choose_task_and_launcher() {
         launch+=(--nnodes "$NNODES" --node_rank "${NODE_RANK:?set NODE_RANK, 0 on the first machine}"
             --master_addr "${MASTER_ADDR:?set MASTER_ADDR, the first machine}" --master_port "${MASTER_PORT:-29500}")
     fi
-}
-    # Chatter of libraries that nobody here can act on.
-    export PYTHONWARNINGS=${PYTHONWARNINGS:-ignore::FutureWarning} TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR}
 }

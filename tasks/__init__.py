@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from tasks.base import Record, Task, TaskSettings
+from tasks.captioning import Captioning, NoCaps
 from tasks.vqav2 import VQAv2
 
-TASKS: dict[str, type[Task]] = {VQAv2.name: VQAv2}
+TASKS: dict[str, type[Task]] = {task.name: task for task in (VQAv2, Captioning, NoCaps)}
 # Names of `--task` that are accepted and not there yet.
-PLANNED = ("coco_captioning", "nocaps", "nlvr2", "flickr30k", "coco_retrieval", "imagenet")
+PLANNED = ("nlvr2", "flickr30k", "coco_retrieval", "imagenet")
 
 __all__ = ["PLANNED", "TASKS", "Record", "Task", "TaskSettings"]

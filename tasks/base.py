@@ -33,6 +33,7 @@ class TaskSettings:
         num_max_bpe_tokens: longest text with `<s>` and `</s>`.
         split: what `--eval` predicts on.
         randaug, train_interpolation, crop_scale, seed: of the training pictures.
+        captioning_mask_prob … captions_per_image: of captioning; see the command line's help.
     """
 
     data_path: Path
@@ -45,6 +46,13 @@ class TaskSettings:
     train_interpolation: str
     crop_scale: tuple[float, float]
     seed: int
+    captioning_mask_prob: float = 0.6
+    drop_worst_ratio: float = 0.2
+    drop_worst_after: int = 12000
+    num_beams: int = 3
+    length_penalty: float = 0.6
+    label_smoothing: float = 0.1
+    captions_per_image: int = 1
 
 
 class Task(abc.ABC):
@@ -54,6 +62,7 @@ class Task(abc.ABC):
     model_suffix: ClassVar[str]
     best_metric: ClassVar[str]
     id_key: ClassVar[str]
+    trains_as: ClassVar[str]  # name under which checkpoints are kept: tasks of the same name can use each other's
     splits: ClassVar[tuple[str, ...]]
     image_mean: ClassVar[float] = 0.5
     image_std: ClassVar[float] = 0.5
@@ -120,6 +129,10 @@ class Task(abc.ABC):
     @abc.abstractmethod
     def metrics(self, records: Sequence[Record]) -> dict[str, float]:
         """Scores of a whole split, `best_metric` among them; empty when nothing is known of the right answers."""
+
+    def validation_files(self, records: Sequence[Record], epoch: int) -> dict[str, Any]:
+        """What is kept of the validation after an epoch beside its scores: name of the file → JSON content."""
+        return {}
 
     @abc.abstractmethod
     def submission(self, records: Sequence[Record]) -> list[dict[str, Any]]:

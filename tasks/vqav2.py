@@ -31,6 +31,7 @@ class VQAv2(Task):
     model_suffix = "vqav2"
     best_metric = "score"
     id_key = "question_id"
+    trains_as = "vqav2"
     splits = ("test", "test-dev", "val")
 
     def __init__(self, settings: TaskSettings) -> None:

@@ -57,6 +57,7 @@ def _images(demo: Path) -> list[dict]:
 
 # What is to be seen, found out from the pixels
 
+
 def _see(path: Path) -> dict[str, tuple[str, str]]:
     """Cell → (colour, shape), from the pixels alone."""
     pixels = np.asarray(Image.open(path).convert("RGB")).astype(int)
@@ -129,7 +130,8 @@ def _check_relation(caption: str, scene: dict[str, tuple[str, str]]) -> None:
     place = {cell: divmod(number, 2) for number, cell in enumerate(CELLS)}
     ways = [
         (place[one][0] - place[other][0], place[one][1] - place[other][1])
-        for one in scene for other in scene
+        for one in scene
+        for other in scene
         if one != other and places[one] == first and places[other] == second.split(" ", 1)[1]
     ]
     assert wanted in ways, caption
@@ -146,20 +148,26 @@ def test_every_caption_is_true_of_the_pixels(demo):
         for caption in (captions[1], captions[3]):  # all, grouped
             said = re.findall(r"(a|two|three) (\w+) (circle|square|triangle)s?", caption)
             assert Counter({f"{color} {shape}": NUMBERS[number] for number, color, shape in said}) == looks, caption
-        pixels = np.asarray(Image.open(demo / image["filepath"] / image["filename"]).convert("L"))
-        assert captions[3].endswith("dark background." if np.median(pixels) < 128 else "light background.")
+        blue = np.asarray(Image.open(demo / image["filepath"] / image["filename"]).convert("RGB"))[:, :, 2]
+        assert captions[3].endswith("dark blue background." if np.median(blue) > 37 else "black background.")
         if len(scene) > 1:
             _check_relation(captions[4], scene)
         else:
-            (cell, (color, shape)), = scene.items()
+            ((cell, (color, shape)),) = scene.items()
             assert re.fullmatch(rf"the {shape} (at|in) the {cell}( corner)? is {color}\.", captions[4])
 
 
 # Formats
 
-@pytest.mark.parametrize("subset, count, first", [
-    ("train2014", TRAIN, 1), ("val2014", VAL, 100001), ("test2015", TEST, 200001),
-])
+
+@pytest.mark.parametrize(
+    "subset, count, first",
+    [
+        ("train2014", TRAIN, 1),
+        ("val2014", VAL, 100001),
+        ("test2015", TEST, 200001),
+    ],
+)
 def test_pictures_have_cocos_names_and_are_jpegs_of_quality_95(demo, tmp_path, subset, count, first):
     names = sorted(os.listdir(demo / subset))
     assert names == [f"COCO_{subset}_{first + number:012d}.jpg" for number in range(count)]
@@ -192,7 +200,12 @@ def test_annotations_have_the_official_fields_and_ten_answers_that_nearly_agree(
     unanimous = 0
     for row in file["annotations"]:
         assert set(row) == {
-            "question_type", "multiple_choice_answer", "answers", "image_id", "answer_type", "question_id"
+            "question_type",
+            "multiple_choice_answer",
+            "answers",
+            "image_id",
+            "answer_type",
+            "question_id",
         }
         question = questions[row["question_id"]]
         assert row["image_id"] == question["image_id"]
@@ -210,12 +223,21 @@ def test_annotations_have_the_official_fields_and_ten_answers_that_nearly_agree(
 
 def test_the_official_files_are_there_and_the_tests_answers_besides(demo):
     assert sorted(os.listdir(demo)) == [
-        "dataset_coco.json", "demo.json", "demo.spm", "test2015", "train2014", "val2014", "vqa"
+        "dataset_coco.json",
+        "demo.json",
+        "demo.spm",
+        "test2015",
+        "train2014",
+        "val2014",
+        "vqa",
     ]
     assert sorted(os.listdir(demo / "vqa")) == [
-        "v2_OpenEnded_mscoco_test-dev2015_questions.json", "v2_OpenEnded_mscoco_test2015_questions.json",
-        "v2_OpenEnded_mscoco_train2014_questions.json", "v2_OpenEnded_mscoco_val2014_questions.json",
-        "v2_mscoco_test2015_annotations.json", "v2_mscoco_train2014_annotations.json",
+        "v2_OpenEnded_mscoco_test-dev2015_questions.json",
+        "v2_OpenEnded_mscoco_test2015_questions.json",
+        "v2_OpenEnded_mscoco_train2014_questions.json",
+        "v2_OpenEnded_mscoco_val2014_questions.json",
+        "v2_mscoco_test2015_annotations.json",
+        "v2_mscoco_train2014_annotations.json",
         "v2_mscoco_val2014_annotations.json",
     ]
 
@@ -246,6 +268,7 @@ def test_captions_are_in_karpathys_format(demo):
 
 # The tokenizer
 
+
 def test_the_tokenizer_has_the_piece_order_of_xlm_roberta_and_knows_every_text(demo):
     model = sentencepiece.SentencePieceProcessor(model_file=str(demo / "demo.spm"))
     assert [model.id_to_piece(i) for i in range(3)] == ["<unk>", "<s>", "</s>"]
@@ -264,6 +287,7 @@ def test_the_tokenizer_has_the_piece_order_of_xlm_roberta_and_knows_every_text(d
 
 # What makes it a fair test of seeing
 
+
 def test_no_scene_of_the_training_pictures_occurs_elsewhere(full_plan):
     scenes = defaultdict(set)
     for picture in full_plan:
@@ -275,7 +299,7 @@ def test_no_scene_of_the_training_pictures_occurs_elsewhere(full_plan):
 
 
 def test_the_default_sizes_are_those_promised(full_plan):
-    assert Counter(picture.folder for picture in full_plan) == {"train2014": 3000, "val2014": 400, "test2015": 200}
+    assert Counter(picture.folder for picture in full_plan) == {"train2014": 6000, "val2014": 400, "test2015": 200}
     things = Counter(len(picture.scene) for picture in full_plan if picture.split == "train")
     assert things == {1: 1000, 2: 1000, 3: 1000}
 
@@ -333,7 +357,9 @@ def test_who_never_looks_scores_below_45_percent(full_plan):
                 learned[question.text][question.answer] += 1
     right = [
         learned[question.text].most_common(1)[0][0] == question.answer
-        for picture in full_plan if picture.split != "train" for question in picture.questions
+        for picture in full_plan
+        if picture.split != "train"
+        for question in picture.questions
     ]
     assert 0.3 < sum(right) / len(right) < 0.45
 
@@ -350,10 +376,12 @@ def test_a_blind_demo_has_the_same_texts_and_nothing_to_see(demo, tmp_path):
 
 # Making it
 
+
 def _digests(folder: Path) -> dict[str, str]:
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in folder.rglob("*") if path.is_file()
+        for path in folder.rglob("*")
+        if path.is_file()
     }
 
 
@@ -391,11 +419,14 @@ def test_a_demo_with_other_settings_is_kept_and_named(demo):
     assert _digests(demo) == before
 
 
-@pytest.mark.parametrize("content, problem", [
-    ({"notes.txt": "mine"}, "holds something that is no demo"),
-    ({"demo.json": "not JSON"}, "holds something that is no demo"),
-    ({"demo.json": '{"made_by": "another"}'}, "other settings"),
-])
+@pytest.mark.parametrize(
+    "content, problem",
+    [
+        ({"notes.txt": "mine"}, "holds something that is no demo"),
+        ({"demo.json": "not JSON"}, "holds something that is no demo"),
+        ({"demo.json": '{"made_by": "another"}'}, "other settings"),
+    ],
+)
 def test_a_folder_it_did_not_make_is_left_alone(tmp_path, content, problem):
     for name, text in content.items():
         (tmp_path / name).write_text(text)
@@ -445,7 +476,8 @@ def test_all_sizes_out_of_range_are_named_at_once(tmp_path):
     with pytest.raises(InputError) as caught:
         make_demo(tmp_path / "demo", train=9, val=100_000, test=10)
     assert caught.value.problems == [
-        "train = 9 pictures is out of range: 10 to 99999", "val = 100000 pictures is out of range: 10 to 99999"
+        "train = 9 pictures is out of range: 10 to 99999",
+        "val = 100000 pictures is out of range: 10 to 99999",
     ]
     assert os.listdir(tmp_path) == []
 

@@ -101,16 +101,19 @@ def test_the_orientation_in_exif_is_not_applied(tmp_path):
     assert np.abs(decode_image(path).numpy().astype(int) - _by_pillow(path)).max() <= 1
 
 
-@pytest.mark.parametrize("make, problem", [
-    (lambda path: None, "No such file"),
-    (lambda path: path.write_bytes(b""), "empty file"),
-    (lambda path: path.mkdir(), "not a file"),
-    (lambda path: os.mkfifo(path), "not a file"),  # and does not wait for a writer
-    (lambda path: path.write_bytes(b"no picture at all"), "not a JPEG, PNG or WebP picture"),
-    (lambda path: _gradient().save(path, "PNG"), "holds PNG data"),
-    (lambda path: _gradient().save(path, "GIF"), "not a JPEG, PNG or WebP picture.*GIF89a|GIF87a"),
-    (lambda path: _gradient().save(path, "EPS"), "not a JPEG, PNG or WebP picture"),
-])
+@pytest.mark.parametrize(
+    "make, problem",
+    [
+        (lambda path: None, "No such file"),
+        (lambda path: path.write_bytes(b""), "empty file"),
+        (lambda path: path.mkdir(), "not a file"),
+        (lambda path: os.mkfifo(path), "not a file"),  # and does not wait for a writer
+        (lambda path: path.write_bytes(b"no picture at all"), "not a JPEG, PNG or WebP picture"),
+        (lambda path: _gradient().save(path, "PNG"), "holds PNG data"),
+        (lambda path: _gradient().save(path, "GIF"), "not a JPEG, PNG or WebP picture.*GIF89a|GIF87a"),
+        (lambda path: _gradient().save(path, "EPS"), "not a JPEG, PNG or WebP picture"),
+    ],
+)
 def test_what_is_no_jpeg_is_refused_naming_the_file(tmp_path, make, problem):
     path = tmp_path / "COCO_1.jpg"
     make(path)
@@ -150,11 +153,19 @@ def _claiming(format: str, width: int, height: int) -> bytes:
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-@pytest.mark.parametrize("format, width, height", [
-    ("JPEG", 8000, 8000), ("JPEG", 11000, 11000), ("JPEG", 60000, 60000),
-    ("PNG", 8000, 8000), ("PNG", 11000, 11000), ("PNG", 2_000_000_000, 2_000_000_000),
-    ("WEBP", 8000, 8000), ("WEBP", 16383, 16383),
-])  # below and above the limits at which Pillow warns and refuses by itself
+@pytest.mark.parametrize(
+    "format, width, height",
+    [
+        ("JPEG", 8000, 8000),
+        ("JPEG", 11000, 11000),
+        ("JPEG", 60000, 60000),
+        ("PNG", 8000, 8000),
+        ("PNG", 11000, 11000),
+        ("PNG", 2_000_000_000, 2_000_000_000),
+        ("WEBP", 8000, 8000),
+        ("WEBP", 16383, 16383),
+    ],
+)  # below and above the limits at which Pillow warns and refuses by itself
 def test_a_header_that_claims_too_many_pixels_is_refused_before_decoding(tmp_path, monkeypatch, format, width, height):
     path = tmp_path / f"bomb.{format.lower()}"
     path.write_bytes(_claiming(format, width, height))
