@@ -224,6 +224,8 @@ def check_arguments(args: argparse.Namespace, task: type[Task]) -> list[str]:
         problems.append(f"--crop_scale {args.crop_scale[0]} {args.crop_scale[1]}: wanted 0 < smallest ≤ largest ≤ 1")
     if args.eval_batch_size is not None and args.eval_batch_size < 1:
         problems.append(f"--eval_batch_size {args.eval_batch_size}: at least 1 is needed")
+    if task.generates and args.enable_deepspeed and args.zero_stage == 3:
+        problems.append(f"--task {args.task} generates text, which --zero_stage 3 cannot yet; use --zero_stage 2")
     if args.model_ema and args.enable_deepspeed and args.zero_stage == 3:
         problems.append("--model_ema does not work with --zero_stage 3 yet; use --zero_stage 2")
     return problems

@@ -1,6 +1,7 @@
 """Pictures with lines of text under them on one sheet, for looking at data and for the README.
 
-`python -m demo.contact_sheet DEMO_DIR SHEET.png` shows the first pictures of a split with a caption and all questions.
+`python -m demo.contact_sheet DEMO_DIR SHEET.png` shows the first pictures of a split with a caption and all questions;
+with `--submission submit_….json` the pictures and what a model said of them.
 """
 
 from __future__ import annotations
@@ -78,14 +79,44 @@ def describe_demo(demo: Path, subset: str, count: int) -> list[tuple[Path, list[
     return described
 
 
+def describe_submission(demo: Path, submission: Path, count: int) -> list[tuple[Path, list[str]]]:
+    """The first test pictures with the captions, or the questions and answers, of a file that prediction.sh wrote.
+
+    Wrong answers are marked. Captions are of val2014 pictures (Karpathy's test split), answers of test2015.
+    """
+    said = json.loads(submission.read_text(encoding="utf-8"))
+    if "caption" in said[0]:
+        return [
+            (demo / "val2014" / f"COCO_val2014_{entry['image_id']:012d}.jpg", [entry["caption"]])
+            for entry in said[:count]
+        ]
+    questions = json.loads((demo / "vqa/v2_OpenEnded_mscoco_test2015_questions.json").read_text(encoding="utf-8"))
+    annotations = json.loads((demo / "vqa/v2_mscoco_test2015_annotations.json").read_text(encoding="utf-8"))
+    answers = {entry["question_id"]: entry["answer"] for entry in said}
+    truths = {row["question_id"]: row["multiple_choice_answer"] for row in annotations["annotations"]}
+    lines: dict[int, list[str]] = {}
+    for row in questions["questions"]:
+        answer, truth = answers[row["question_id"]], truths[row["question_id"]]
+        marked = answer if answer == truth else f"{answer} (wrong: {truth})"
+        lines.setdefault(row["image_id"], []).append(f"{row['question']} {marked}")
+    return [
+        (demo / "test2015" / f"COCO_test2015_{image:012d}.jpg", asked) for image, asked in list(lines.items())[:count]
+    ]
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m demo.contact_sheet", description=__doc__.splitlines()[0])
     parser.add_argument("demo_dir", type=Path, help="a folder made by demo.make")
     parser.add_argument("sheet", type=Path, help="the picture to write, .png or .jpg")
     parser.add_argument("--subset", choices=("train2014", "val2014"), default="val2014", help="(%(default)s)")
     parser.add_argument("--count", type=int, default=8, help="pictures on the sheet (%(default)s)")
+    parser.add_argument("--submission", type=Path, help="show what a model said, instead of the truth")
     given = parser.parse_args(arguments)
-    contact_sheet(describe_demo(given.demo_dir, given.subset, given.count)).save(given.sheet)
+    if given.submission:
+        described = describe_submission(given.demo_dir, given.submission, given.count)
+    else:
+        described = describe_demo(given.demo_dir, given.subset, given.count)
+    contact_sheet(described).save(given.sheet, optimize=True)
 
 
 if __name__ == "__main__":

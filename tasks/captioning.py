@@ -36,6 +36,7 @@ class Captioning(Task):
     best_metric = "CIDEr"
     id_key = "image_id"
     splits = ("test", "val")
+    generates = True
     source: ClassVar[str] = COCO  # of the pictures that are predicted
     trains_as: ClassVar[str] = COCO  # what a checkpoint says it was trained for, and may be used for
 

@@ -19,7 +19,7 @@ from PIL import Image
 
 from beit3.errors import InputError
 from demo import make
-from demo.contact_sheet import contact_sheet, describe_demo
+from demo.contact_sheet import contact_sheet, describe_demo, describe_submission
 from demo.make import Settings, main, make_demo, plan_pictures
 
 TRAIN, VAL, TEST = 60, 40, 20
@@ -301,7 +301,7 @@ def test_no_scene_of_the_training_pictures_occurs_elsewhere(full_plan):
 def test_the_default_sizes_are_those_promised(full_plan):
     assert Counter(picture.folder for picture in full_plan) == {"train2014": 6000, "val2014": 400, "test2015": 200}
     things = Counter(len(picture.scene) for picture in full_plan if picture.split == "train")
-    assert things == {1: 1000, 2: 1000, 3: 1000}
+    assert things == {1: 2000, 2: 2000, 3: 2000}
 
 
 def test_each_picture_has_four_or_five_different_questions(full_plan):
@@ -504,3 +504,22 @@ def test_a_contact_sheet_shows_the_pictures_with_their_texts_below(demo, tmp_pat
     assert (sheet[12:140:2, 12:140:2] == first).all()  # twice as large, not smoothed
     below = sheet[146:170, 12:140]
     assert below.max() == 255 and below.min() < 50
+
+
+def test_a_sheet_of_a_submission_marks_wrong_answers(demo, tmp_path):
+    questions = _questions(demo, "test2015")["questions"]
+    truths = {
+        row["question_id"]: row["multiple_choice_answer"] for row in _annotations(demo, "test2015")["annotations"]
+    }
+    said = [{"question_id": key, "answer": answer} for key, answer in truths.items()]
+    said[0]["answer"] = "elephant"
+    (tmp_path / "submit.json").write_text(json.dumps(said))
+    path, lines = describe_submission(demo, tmp_path / "submit.json", 2)[0]
+    first = questions[0]
+    assert path.name == f"COCO_test2015_{first['image_id']:012d}.jpg"
+    assert lines[0] == f"{first['question']} elephant (wrong: {truths[first['question_id']]})"
+    assert lines[1] == f"{questions[1]['question']} {truths[questions[1]['question_id']]}"
+    (tmp_path / "captions.json").write_text(json.dumps([{"image_id": 100001, "caption": "a red circle"}]))
+    ((path, lines),) = describe_submission(demo, tmp_path / "captions.json", 2)
+    assert path.is_file()
+    assert lines == ["a red circle"]

@@ -53,6 +53,17 @@ def test_a_table_that_is_no_square_is_refused():
         resize_positions(torch.randn(3 + 15, 8), 19)
 
 
+def test_fresh_weights_of_released_sizes_are_cut_at_one_standard_deviation():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = reference.timm.create_model("beit3_base_patch16_224_imageclassification", vocab_size=10)
+    weight = model.beit3.encoder.layers[0].ffn.A.fc1.weight
+    assert weight.abs().max() <= 0.02
+    # Standard deviation of a normal distribution cut at one standard deviation: 0.5396 of the uncut.
+    assert weight.std().item() == pytest.approx(0.02 * 0.53956, rel=1e-3)
+    assert model.head.weight.abs().max() <= 0.00002
+
+
 def test_every_key_is_accounted_for():
     state = dict(tiny().state_dict())
     del state["head.3.weight"], state["head.3.bias"]

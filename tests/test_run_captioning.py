@@ -1,0 +1,126 @@
+"""Captioning from flags to files, on the made-up COCO of data/mini_coco with the tiny model."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+import run_beit3_finetuning as run
+from beit3.weights import read_checkpoint
+from datasets import CaptioningDataset
+from tests import reference
+from tests.test_run import log_of, start, tiny_flags
+
+PUBLISHED = (
+    "--model beit3_base_patch16_480 --input_size 480 --task coco_captioning --batch_size 32 --layer_decay 1.0 "
+    "--lr 4e-5 --randaug --epochs 10 --warmup_epochs 1 --drop_path 0.1 --sentencepiece_model beit3.spm "
+    "--finetune beit3_base_patch16_224.pth --data_path /COCO --output_dir ./output_freeze --log_dir ./log_freeze "
+    "--weight_decay 0.05 --seed 42 --save_ckpt_freq 1 --num_max_bpe_tokens 32 --captioning_mask_prob 0.7 "
+    "--drop_worst_after 12000 --dist_eval --enable_deepspeed"
+)
+
+
+@pytest.fixture(scope="module")
+def coco(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("coco") / "data"
+    shutil.copytree(reference.MINI_COCO, folder)
+    CaptioningDataset.make_coco_captioning_dataset_index(data_path=str(folder), tokenizer=str(folder / "mini.spm"))
+    return folder
+
+
+def flags(coco, out, **changes):
+    options = {"task": "coco_captioning", "num_max_bpe_tokens": 16, "captioning_mask_prob": 0.7, **changes}
+    return tiny_flags(coco, out, **options)
+
+
+@pytest.fixture(scope="module")
+def trained(coco, tmp_path_factory):
+    out = tmp_path_factory.mktemp("trained")
+    result = start(flags(coco, out))
+    assert result.returncode == 0, result.stderr
+    return out
+
+
+def test_the_published_line_parses_with_the_published_meaning():
+    args = run.get_args(PUBLISHED.split())
+    assert (args.task, args.captioning_mask_prob, args.drop_worst_after) == ("coco_captioning", 0.7, 12000)
+    assert (args.num_beams, args.length_penalty, args.label_smoothing) == (3, 0.6, 0.1)
+
+
+def test_training_validates_by_cider_and_keeps_its_captions(trained, coco):
+    names = {path.name for path in trained.iterdir()}
+    assert names == {
+        "checkpoint-0.pth", "checkpoint-1.pth", "checkpoint-best.pth", "log.txt",
+        "submit_coco_captioning_val_e0.json", "submit_coco_captioning_val_e1.json",
+        "coco_captioning_result_val_e0.json", "coco_captioning_result_val_e1.json",
+    }  # fmt: skip
+    log = log_of(trained)
+    assert all({"train_loss", "train_acc", "val_CIDEr", "val_Bleu_4", "val_ROUGE_L"} <= entry.keys() for entry in log)
+    best = read_checkpoint(trained / "checkpoint-best.pth").description
+    assert best["CIDEr"] == max(entry["val_CIDEr"] for entry in log)
+    assert best["task"] == "coco_captioning"
+    asked = [json.loads(line)["image_id"] for line in (coco / "coco_captioning.val.jsonl").read_text().splitlines()]
+    captions = json.loads((trained / "submit_coco_captioning_val_e1.json").read_text())
+    assert sorted(entry["image_id"] for entry in captions) == sorted(asked)
+    result = json.loads((trained / "coco_captioning_result_val_e1.json").read_text())
+    assert result["CIDEr"] == log[1]["val_CIDEr"]
+    assert len(result["per_image"]) == len(asked)
+
+
+@pytest.mark.slow
+def test_prediction_writes_captions_and_metrics_alike_for_any_number_of_processes(trained, coco, tmp_path):
+    options = {"finetune": trained / "checkpoint-best.pth", "eval": True, "dist_eval": True, "batch_size": 2}
+    assert start(flags(coco, tmp_path / "one", **options)).returncode == 0
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    result = start(flags(coco, tmp_path / "two", **{**options, "batch_size": 4}), launcher)
+    assert result.returncode == 0, result.stderr
+    one, two = ((tmp_path / name / "submit_coco_captioning_test.json").read_text() for name in ("one", "two"))
+    assert one == two
+    scores = json.loads((tmp_path / "two" / "coco_captioning_result.json").read_text())
+    assert {"Bleu_1", "Bleu_4", "ROUGE_L", "CIDEr"} <= scores.keys()
+    assert "SPICE" in scores["left_out"] or "SPICE" in scores
+
+
+@pytest.mark.slow
+def test_captions_of_one_picture_can_share_a_pass_under_deepspeed(coco, tmp_path):
+    result = start(flags(coco, tmp_path, captions_per_image=5, enable_deepspeed=True, batch_size=4, epochs=1))
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "checkpoint-best" / "model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_nocaps_trains_on_coco_captions_and_predicts_its_own_pictures(trained, coco, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(coco, data)
+    (data / "val").mkdir()
+    (data / "test").mkdir()
+    images = []
+    for number, picture in enumerate(sorted((coco / "val2014").iterdir())[:3]):
+        shutil.copy(picture, data / "val" / f"{number}.jpg")
+        shutil.copy(picture, data / "test" / f"{number}.jpg")
+        images.append({"id": number, "file_name": f"{number}.jpg"})
+    (data / "nocaps_val_4500_captions.json").write_text(json.dumps({"images": images, "annotations": []}))
+    (data / "nocaps_test_image_info.json").write_text(json.dumps({"images": images}))
+    CaptioningDataset.make_nocaps_captioning_dataset_index(data_path=str(data))
+    result = start(flags(data, tmp_path / "out", task="nocaps", epochs=1))
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "out" / "checkpoint-best.pth").is_file()
+    checkpoint = trained / "checkpoint-best.pth"  # learned as coco_captioning
+    result = start(flags(data, tmp_path / "predicted", task="nocaps", finetune=checkpoint, eval=True))
+    assert result.returncode == 0, result.stderr
+    captions = json.loads((tmp_path / "predicted" / "submit_nocaps_test.json").read_text())
+    assert [entry["image_id"] for entry in captions] == [0, 1, 2]
+
+
+def test_zero_stage_3_is_refused_where_captions_are_generated(coco, tmp_path):
+    result = start(flags(coco, tmp_path, enable_deepspeed=True, zero_stage=3))
+    assert result.returncode == 2
+    assert "--zero_stage 3" in result.stderr
+
+
+@pytest.mark.gpu
+def test_a_gpu_trains_in_bf16(coco, tmp_path):
+    result = start(flags(coco, tmp_path, device="cuda", precision="bf16", enable_deepspeed=True))
+    assert result.returncode == 0, result.stderr
+    assert torch.isfinite(torch.tensor([entry["train_loss"] for entry in log_of(tmp_path)])).all()

@@ -1,0 +1,71 @@
+"""The commands of the README, as a new user types them, in a copy of the project without data or models."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """The tracked and new files alone, as in a clone."""
+    folder = tmp_path_factory.mktemp("clone")
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    ).stdout.splitlines()  # fmt: skip
+    for name in listed:
+        if not name.startswith("tests/") and (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    return folder
+
+
+def bash(project, *command, timeout=500, **variables):
+    environment = {name: value for name, value in os.environ.items() if name not in ("DATA_PATH", "SPM", "FINETUNE")}
+    environment.update(PYTHON=sys.executable, **variables)
+    return subprocess.run(
+        ["bash", *command], cwd=project, env=environment, capture_output=True, text=True, timeout=timeout, check=False
+    )
+
+
+def test_prediction_without_a_model_says_what_to_run_first(project):
+    result = bash(project, "prediction.sh")
+    assert result.returncode == 2
+    assert "run 'TASK=vqav2 bash bash.sh' first" in result.stderr
+
+
+def test_a_task_that_is_not_there_is_named(project):
+    result = bash(project, "bash.sh", TASK="nlvr2")
+    assert result.returncode == 2
+    assert "TASK=nlvr2 is not there yet" in result.stderr
+
+
+def test_missing_files_of_the_published_recipe_are_all_named(project, tmp_path):
+    result = bash(project, "bash.sh", DATA_PATH=str(tmp_path), SPM=str(tmp_path / "beit3.spm"))
+    assert result.returncode == 2
+    assert "beit3.spm: no such tokenizer file" in result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("task", "submission"), [("vqav2", 900), ("coco_captioning", 200)])
+def test_the_two_commands_of_the_demo_end_with_a_submission(project, task, submission):
+    quick = ["--epochs", "1", "--batch_size", "512", "--warmup_epochs", "0.1"]
+    result = bash(project, "bash.sh", *quick, TASK=task)
+    assert result.returncode == 0, result.stderr
+    assert f"checkpoint: output/demo_{task}/checkpoint-best" in result.stdout
+    assert f"next:       TASK={task} bash prediction.sh" in result.stdout
+    again = bash(project, "bash.sh", *quick, TASK=task)
+    assert again.returncode == 0, again.stderr
+    assert "installing" not in again.stdout
+    assert "epoch 0" not in again.stderr  # nothing is learned twice
+    result = bash(project, "prediction.sh", TASK=task)
+    assert result.returncode == 0, result.stderr
+    written = json.loads((project / "your_prediction" / f"submit_{task}_test.json").read_text())
+    assert len(written) >= submission
