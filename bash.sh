@@ -37,7 +37,7 @@ if [ -z "${DATA_PATH:-}" ]; then
         --save_ckpt_freq 100 --num_workers 1)
     case $TASK in
         vqav2) recipe+=(--batch_size 64 --epochs 4 --warmup_epochs 0.25 --num_max_bpe_tokens 12) ;;
-        *) recipe+=(--batch_size 64 --epochs 4 --warmup_epochs 0.25 --num_max_bpe_tokens 32
+        *) recipe+=(--batch_size 64 --epochs 2 --warmup_epochs 0.25 --num_max_bpe_tokens 32
             --captioning_mask_prob 0.7) ;;
     esac
     after="TASK=$TASK bash prediction.sh"

@@ -565,7 +565,8 @@ def main(argv: list[str] | None = None) -> int:
             logger.error("%s", error)
         return 2
     except (BadImageError, FloatingPointError) as error:
-        logger.error("%s", error)
+        # From a loader's process it comes with that process's traceback; the last line is the message.
+        logger.error("%s", str(error).strip().splitlines()[-1])
         return 1
     finally:
         utils.stop_processes()

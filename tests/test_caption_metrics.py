@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import shutil
 import socket
 import stat
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -139,14 +137,13 @@ def assert_ended(pid_file):
         os.kill(int(pid_file.read_text()), 0)
 
 
-def test_without_java_meteor_and_spice_are_left_out_and_one_line_says_so(monkeypatch, caplog):
+def test_without_java_meteor_and_spice_are_left_out_and_one_line_says_so(monkeypatch):
     monkeypatch.setenv("PATH", "")
-    with caplog.at_level(logging.INFO, "beit3"):
-        result = caption_metrics({1: "a dog", 2: "a cat"}, DOGS)
+    result = caption_metrics({1: "a dog", 2: "a cat"}, DOGS)
     assert list(result.scores) == PYTHON_NAMES
     assert result.left_out == {"METEOR": "there is no java on the PATH", "SPICE": "there is no java on the PATH"}
     line = "METEOR left out: there is no java on the PATH; SPICE left out: there is no java on the PATH"
-    assert [record.getMessage() for record in caplog.records] == [line]
+    assert result.left_out_line() == line
 
 
 @pytest.mark.parametrize(
@@ -154,9 +151,7 @@ def test_without_java_meteor_and_spice_are_left_out_and_one_line_says_so(monkeyp
 )
 def test_a_meteor_that_hangs_is_ended_and_left_out(fake_java, hang):
     pid_file = fake_java(hang)
-    started = time.monotonic()
     result = score({1: "a dog", 2: "a cat"}, DOGS, meteor=True, java_timeout=1.5)
-    assert time.monotonic() - started < 20
     assert result.left_out["METEOR"] == "it took more than 1.5 seconds"
     assert_ended(pid_file)
 

@@ -329,6 +329,20 @@ def test_corrupt_pictures_are_found_before_training(coco, tmp_path, caplog):
     assert "COCO_val2014_000000000101.jpg" in message
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_picture_damaged_inside_stops_training_naming_file_and_row(coco, tmp_path, caplog, workers):
+    data = damaged(coco, tmp_path / "data")
+    picture = data / "train2014" / "COCO_train2014_000000000003.jpg"
+    content = picture.read_bytes()
+    picture.write_bytes(content[:2] + b"\xff\xff\x00" * 100 + content[302:])  # start and end are as they should be
+    assert run.main(tiny_flags(data, tmp_path / "out", num_workers=workers)) == 1
+    message = caplog.records[-1].getMessage()
+    assert "COCO_train2014_000000000003.jpg" in message
+    assert "row " in message
+    assert "vqa.train.jsonl:" in message
+    assert "Traceback" not in message
+
+
 def test_a_checkpoint_that_says_otherwise_is_refused(coco, trained, tmp_path, caplog):
     checkpoint = read_checkpoint(trained / "checkpoint-best.pth")
     description = {**checkpoint.description, "tokenizer_sha256": "0" * 64, "image_size": 480}

@@ -64,7 +64,7 @@ def test_the_two_commands_of_the_demo_end_with_a_submission(project, task, submi
     again = bash(project, "bash.sh", *quick, TASK=task)
     assert again.returncode == 0, again.stderr
     assert "installing" not in again.stdout
-    assert "epoch 0" not in again.stderr  # nothing is learned twice
+    assert "epoch 0:" not in again.stderr  # nothing is learned twice
     result = bash(project, "prediction.sh", TASK=task)
     assert result.returncode == 0, result.stderr
     written = json.loads((project / "your_prediction" / f"submit_{task}_test.json").read_text())

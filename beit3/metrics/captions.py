@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,8 +21,6 @@ ImageId = Any  # int or str; the keys of a Mapping are invariant, so a union wou
 Tokenized = dict[Any, list[str]]  # by image: captions of tokens between spaces, as pycocoevalcap wants them
 
 JAVA_TIMEOUT = 1800.0  # seconds; METEOR needs about a minute for the 5000 images of the Karpathy test split
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -91,10 +88,7 @@ def caption_metrics(
     per_image = {
         image: {name: float(values[row]) for name, values in by_image.items()} for row, image in enumerate(references)
     }
-    result = CaptionScores(scores, per_image, left_out)
-    if left_out:
-        logger.info("%s", result.left_out_line())
-    return result
+    return CaptionScores(scores, per_image, left_out)
 
 
 def _python_scores(wanted: Tokenized, predicted: Tokenized) -> tuple[dict[str, float], dict[str, Sequence[float]]]:
