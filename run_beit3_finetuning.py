@@ -17,6 +17,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+# Read when torch is loaded. Threads that wait by spinning take the core away from the loader's processes.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import timm
 import torch
 from torch.utils.data import DataLoader

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from typing import Any
 
 import torch
 
@@ -16,11 +17,11 @@ from tests import reference
 from tests.test_generation import EOS, slow_search
 
 PICTURES, RUNS = 2, 3
-SETTINGS = {"mask_id": 87, "num_beams": 3, "length_penalty": 0.6, "max_tokens": 12}
+SETTINGS: dict[str, Any] = {"mask_id": 87, "num_beams": 3, "length_penalty": 0.6, "max_tokens": 12}
 
 
 def main() -> None:
-    model = reference.build("beit3_base_patch16_224_captioning", vocab_size=88)
+    model: Any = reference.build("beit3_base_patch16_224_captioning", vocab_size=88)
     with torch.no_grad():
         model.mlm_head.bias[EOS] = -50.0  # captions of full length
     images = reference.images(9, PICTURES, 224)

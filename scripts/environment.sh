@@ -45,8 +45,6 @@ PYTHON_END
     PYTHON=$PWD/.venv/bin/python
 }
 
-# Threads that wait by spinning take the core away from the loader: up to ten times slower on two cores.
-export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
 # Chatter of libraries that nobody here can act on.
 export PYTHONWARNINGS=${PYTHONWARNINGS:-ignore::FutureWarning} TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR}
 
