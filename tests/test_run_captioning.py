@@ -124,3 +124,25 @@ def test_a_gpu_trains_in_bf16(coco, tmp_path):
     result = start(flags(coco, tmp_path, device="cuda", precision="bf16", enable_deepspeed=True))
     assert result.returncode == 0, result.stderr
     assert torch.isfinite(torch.tensor([entry["train_loss"] for entry in log_of(tmp_path)])).all()
+
+
+@pytest.mark.slow
+def test_the_published_line_runs_on_released_weights(coco, tmp_path):
+    """One epoch of two pairs instead of ten of thirty-two: the flags given last count."""
+    state = reference.build("beit3_base_patch16_224_captioning", vocab_size=64010).state_dict()
+    torch.save({"model": state}, tmp_path / "beit3_base_patch16_224.pth")
+    data = tmp_path / "few"
+    shutil.copytree(coco, data)
+    for split, count in (("train", 2), ("val", 2)):
+        file = data / f"coco_captioning.{split}.jsonl"
+        file.write_text("".join(file.read_text().splitlines(keepends=True)[:count]))
+    line = PUBLISHED.replace("beit3.spm", str(data / "mini.spm")).replace("/COCO", str(data))
+    line = line.replace("beit3_base_patch16_224.pth", str(tmp_path / "beit3_base_patch16_224.pth"))
+    line = line.replace("./output_freeze", str(tmp_path / "out")).replace("./log_freeze", str(tmp_path / "log"))
+    small = ["--epochs", "1", "--batch_size", "2", "--warmup_epochs", "0", "--num_workers", "0"]
+    result = start([*line.split(), *small], timeout=560)
+    assert result.returncode == 0, result.stderr
+    assert "embed_positions.A.weight 199 → 903 rows" in result.stderr
+    assert "new:" not in result.stderr
+    captions = json.loads((tmp_path / "out" / "submit_coco_captioning_val_e0.json").read_text())
+    assert len(captions) == 2
