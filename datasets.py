@@ -16,7 +16,9 @@ was resumed, see the same examples in the same order.
 from __future__ import annotations
 
 import functools
+import logging
 import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -57,10 +59,13 @@ __all__ = [
     "read_answers",
 ]
 
+logger = logging.getLogger(__name__)
+
 # (path, (seed, epoch, row)) → uint8 (3, H, W): decodes the picture and augments it, the same way for the same key.
 Transform = Callable[[str, tuple[int, int, int]], Tensor]
 Item = dict[str, Any]
 
+MAX_SUBSTITUTES = 10  # where so many pictures drawn at random are bad, the data needs mending
 TEXT_MULTIPLE = 8  # batches are as long as their longest text, rounded up: few lengths, friendly to matrix units
 
 
@@ -82,6 +87,8 @@ class ImageTextDataset(Dataset[Item]):
         assert num_max_bpe_tokens >= 3, f"{num_max_bpe_tokens} tokens leave no room for text between <s> and </s>"
         self.data_path = os.fspath(data_path)
         self.table, self.transform, self.num_max_bpe_tokens, self.seed = table, transform, num_max_bpe_tokens, seed
+        # Training may go on without pictures that cannot be read; evaluation never does.
+        self.skip_bad_images = False
         # In shared memory: workers that live through many epochs see the number change.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
@@ -105,6 +112,32 @@ class ImageTextDataset(Dataset[Item]):
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch that the transform's key names, in loader workers too. Call it between two epochs."""
         self._epoch.fill_(epoch)
+
+    def __getitem__(self, row: int) -> Item:
+        """The example of a row; with `skip_bad_images`, that of another row where the picture cannot be read.
+
+        Which row depends on (seed, epoch, row) alone; "bad_images" then counts the pictures passed over.
+        """
+        self.check_row(row)
+        if not self.skip_bad_images:
+            return self.example(row)
+        # The last number tells this use of the key from that of the picture's augmentation.
+        others = np.random.default_rng([self.seed, self.epoch, row, 2]).integers(len(self), size=MAX_SUBSTITUTES)
+        for tries, candidate in enumerate([row, *others.tolist()]):
+            try:
+                return {**self.example(candidate), "bad_images": tries}
+            except BadImageError as error:
+                last = error
+                logger.warning("%s; another row takes its place", error)
+        raise last
+
+    def example(self, row: int) -> Item:
+        """What a row holds, its picture decoded and transformed. Raises BadImageError."""
+        raise NotImplementedError
+
+    def place(self, row: int) -> str:
+        """`file:line` of the index that a row comes from."""
+        return self.table.place(row)
 
     @property
     def collate(self) -> Callable[[Sequence[Item]], dict[str, Tensor]]:
@@ -186,8 +219,7 @@ class VQAv2Dataset(ImageTextDataset):
         super().__init__(data_path, table, transform, num_max_bpe_tokens, seed)
         self.num_answers = num_answers
 
-    def __getitem__(self, row: int) -> Item:
-        self.check_row(row)
+    def example(self, row: int) -> Item:
         return {
             "image": self.load_image(row),
             "token_ids": self.token_ids(row),
@@ -292,8 +324,10 @@ class CaptioningDataset(ImageTextDataset):
     def nbytes(self) -> int:
         return self.table.nbytes + (0 if self.lines is None else self.lines.nbytes)
 
-    def __getitem__(self, row: int) -> Item:
-        self.check_row(row)
+    def place(self, row: int) -> str:
+        return self.table.place(row if self.lines is None else int(self.lines[row][0]))
+
+    def example(self, row: int) -> Item:
         lines = [row] if self.lines is None else self.lines[row].tolist()
         item: Item = {"image": self.load_image(lines[0]), "image_id": int(self.table["image_id"][lines[0]]), "row": row}
         if self.has_text:
@@ -522,20 +556,40 @@ class EvaluationSampler(Sampler[list[int]]):
             yield list(self.rows[start : start + self.batch_size])
 
 
+def _collate(collate: Callable[[Sequence[Item]], dict[str, Tensor]], items: Sequence[Item]) -> dict[str, Any]:
+    batch: dict[str, Any] = collate(items)
+    if "bad_images" in items[0]:
+        batch["bad_images"] = sum(item["bad_images"] for item in items)
+    return batch
+
+
+def _set_up_worker(number: int) -> None:
+    """Launchers and terminals send signals to all processes; when to stop is for the process that trains to say."""
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, signal.SIG_IGN)
+
+
 def build_loader(
-    dataset: ImageTextDataset, sampler: EpochSampler | EvaluationSampler, num_workers: int, pin_memory: bool
-) -> DataLoader[dict[str, Tensor]]:
+    dataset: ImageTextDataset,
+    sampler: EpochSampler | EvaluationSampler,
+    num_workers: int,
+    pin_memory: bool,
+    timeout_seconds: float = 1800,
+) -> DataLoader[dict[str, Any]]:
     """Batches of one process in the order of `sampler`.
 
     num_workers: processes that load pictures; they live through all epochs. No more are started than there are
-    batches, or cores to run on. pin_memory: page-locked batches, copied to a GPU while it computes.
+    batches, or cores to run on. pin_memory: page-locked batches, copied to a GPU while it computes. timeout_seconds: a
+    worker that brings nothing for so long is an error (RuntimeError), as is one that died.
     """
     num_workers = min(num_workers, len(sampler), len(os.sched_getaffinity(0)))
     return DataLoader(
         dataset,
         batch_sampler=sampler,
-        collate_fn=dataset.collate,
+        collate_fn=functools.partial(_collate, dataset.collate),
         num_workers=num_workers,
+        timeout=timeout_seconds if num_workers else 0,
+        worker_init_fn=_set_up_worker,
         persistent_workers=num_workers > 0,
         pin_memory=pin_memory,
     )

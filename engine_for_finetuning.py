@@ -6,7 +6,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 # Reading a value from the device waits for all its work; so values are read once in that many steps.
 READ_EVERY = 20
+COUNTED = "steps counted"  # name among the sums of a saved state
+MAX_ROWS_NAMED = 20
 
 
 class Progress:
@@ -65,23 +67,75 @@ def _duration(seconds: float) -> str:
 
 @dataclass
 class Statistics:
-    """Sums of per-step values, kept on the device and read rarely."""
+    """Sums of per-step values over the steps that counted, kept on the device and read rarely."""
 
     sums: dict[str, Tensor] = field(default_factory=dict)
-    steps: int = 0
+    counted: Tensor | float = 0.0  # steps
 
-    def add(self, values: Mapping[str, Tensor]) -> None:
+    def add(self, values: Mapping[str, Tensor], counts: Tensor | float = 1.0) -> None:
+        """`counts`: () 1.0, or 0.0 for a step that was skipped, whose values may be no numbers."""
         for name, value in values.items():
             value = value.detach().float()
+            if isinstance(counts, Tensor):
+                value = torch.where(counts > 0, value, 0.0)
             self.sums[name] = self.sums[name] + value if name in self.sums else value
-        self.steps += 1
+        self.counted = self.counted + counts
 
     def read(self) -> dict[str, float]:
-        """Means so far on this process. Waits for the device."""
-        if not self.steps:
+        """Means so far on this process; empty when no step counted. Waits for the device."""
+        if not self.sums:
             return {}
-        values = torch.stack(list(self.sums.values())).cpu() / self.steps
-        return dict(zip(self.sums, values.tolist(), strict=True))
+        *sums, counted = torch.stack([*self.sums.values(), self._counted()]).cpu().tolist()
+        return {name: total / counted for name, total in zip(self.sums, sums, strict=True)} if counted else {}
+
+    def to_plain(self) -> dict[str, Tensor]:
+        return {**{name: total.cpu() for name, total in self.sums.items()}, COUNTED: self._counted().cpu()}
+
+    @classmethod
+    def from_plain(cls, plain: Sequence[Mapping[str, Tensor]]) -> Statistics:
+        """The mean of what several processes had."""
+        sums = {name: torch.stack([each[name] for each in plain]).mean(dim=0) for name in plain[0]}
+        return cls(counted=sums.pop(COUNTED), sums=sums)
+
+    def _counted(self) -> Tensor:
+        device = next(iter(self.sums.values())).device if self.sums else None
+        return torch.as_tensor(self.counted, dtype=torch.float32, device=device)
+
+
+@dataclass
+class EpochState:
+    """How far an epoch has come on this process: what a checkpoint inside it has to hold.
+
+    Attributes:
+        step: optimizer steps done; all of the epoch's when only its validation is left.
+        whole, recent: of the epoch, and since values were last shown.
+        flags: () each, 1.0 for a step that was skipped; of the steps since values were last read.
+        skipped_in_row: steps that were skipped up to then, without one between them that was not.
+        bad_images: pictures that others took the place of.
+    """
+
+    step: int = 0
+    whole: Statistics = field(default_factory=Statistics)
+    recent: Statistics = field(default_factory=Statistics)
+    flags: list[Tensor] = field(default_factory=list)
+    skipped_in_row: int = 0
+    bad_images: int = 0
+
+    def to_plain(self) -> dict[str, Any]:
+        """For a checkpoint: plain values and tensors on the CPU."""
+        flags = [flag.cpu() for flag in self.flags]
+        return {**vars(self), "whole": self.whole.to_plain(), "recent": self.recent.to_plain(), "flags": flags}
+
+    @classmethod
+    def from_states(cls, plain: Sequence[Mapping[str, Any]], rank: int, world_size: int) -> EpochState:
+        """The state of process `rank` from those of all that saved; where these were more or fewer, their mean."""
+        if len(plain) == world_size:
+            mine = plain[rank]
+            statistics = {name: Statistics.from_plain([mine[name]]) for name in ("whole", "recent")}
+            return cls(**{**mine, **statistics})
+        statistics = {name: Statistics.from_plain([each[name] for each in plain]) for name in ("whole", "recent")}
+        bad_images = sum(each["bad_images"] for each in plain) if rank == 0 else 0
+        return cls(**{**plain[0], **statistics, "bad_images": bad_images})
 
 
 def prepare(batch: Mapping[str, Tensor], task: Task, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -102,6 +156,10 @@ class TrainingRun:
         schedule: learning rate of every step of the whole run.
         update_freq: micro batches per step.
         seed: with the step and the process, decides what drop path draws.
+        after_step: called after every step with the epoch and its state; may raise to leave the epoch. Collective.
+        check_stop: called between two batches of evaluation; may raise to leave it. Collective.
+        max_skipped_steps: that many steps in a row with a broken gradient end the training.
+        num_parameters: of the whole model.
     """
 
     task: Task
@@ -113,83 +171,144 @@ class TrainingRun:
     schedule: Sequence[float]
     update_freq: int
     seed: int
+    after_step: Callable[[int, EpochState], None]
+    check_stop: Callable[[], None]
     ema: ModelEma | None = None
     writer: Any = None
+    max_skipped_steps: int = 25
+    num_parameters: int = 0
 
 
-def train_one_epoch(run: TrainingRun, epoch: int, steps_per_epoch: int) -> dict[str, float]:
-    """Train for the steps of one epoch.
+def train_one_epoch(run: TrainingRun, epoch: int, state: EpochState) -> float:
+    """Train for the steps of one epoch that are not done yet; `state` is brought forward with each of them.
 
     Returns:
-        Means over the epoch and all processes (loss, …), the last learning rate, and images per second.
+        Images per second, of all processes together.
 
     Raises:
-        FloatingPointError: the loss or the gradient is no number any more.
+        FloatingPointError: too many steps in a row had a broken gradient.
     """
     backend, process = run.backend, run.process
+    steps_per_epoch = run.sampler.steps_per_epoch
     backend.model.train()
     run.dataset.set_epoch(epoch)
-    run.sampler.set_epoch(epoch)
-    progress = Progress(f"epoch {epoch}", steps_per_epoch, process.is_main)
-    epoch_statistics, recent = Statistics(), Statistics()
+    run.sampler.set_epoch(epoch, state.step)
+    progress = Progress(f"epoch {epoch}", steps_per_epoch, process.is_main, done=state.step)
     batches = iter(run.loader)
-    started = last_read = time.monotonic()
-    images, text = 0, ""
-    for step in range(epoch * steps_per_epoch, (epoch + 1) * steps_per_epoch):
+    window = _Window()
+    started, images = time.monotonic(), 0
+    while state.step < steps_per_epoch:
+        step = epoch * steps_per_epoch + state.step
         set_learning_rate(backend.optimizer, run.schedule[step])
-        values, images_of_step = _optimizer_step(run, batches, step)
-        images += images_of_step * process.world_size
-        epoch_statistics.add(values)
-        recent.add(values)
-        if recent.steps == READ_EVERY or step + 1 == (epoch + 1) * steps_per_epoch:
-            means = recent.read()
-            _stop_if_not_finite(means, step, recent.steps)
-            rate = recent.steps * images_of_step * process.world_size / (time.monotonic() - last_read)
-            text = _progress_text(means, run.schedule[step], rate)
-            if run.writer is not None:
-                for name, value in {**means, "lr": run.schedule[step], "images_per_second": rate}.items():
-                    run.writer.add_scalar(f"train/{name}", value, step)
-            recent, last_read = Statistics(), time.monotonic()
-        progress.advance(text)
+        outcome = _optimizer_step(run, batches, step)
+        images += len(outcome.rows) * process.world_size
+        state.step += 1
+        state.bad_images += outcome.bad_images
+        for statistics in (state.whole, state.recent):
+            statistics.add(outcome.values, 1.0 - outcome.skipped)
+        state.flags.append(outcome.skipped)
+        window.images += len(outcome.rows) * process.world_size
+        if (step + 1) % READ_EVERY == 0 or state.step == steps_per_epoch:
+            window = _Window(_show(run, state, window, step, outcome.rows))
+        progress.advance(window.text)
+        run.after_step(epoch, state)
     progress.close()
-    means = _mean_over_processes(epoch_statistics.read())
-    return {**means, "lr": run.schedule[step], "images_per_second": images / (time.monotonic() - started)}
+    return images / (time.monotonic() - started)
 
 
-def _optimizer_step(run: TrainingRun, batches: Iterator[dict[str, Tensor]], step: int) -> tuple[dict[str, Tensor], int]:
-    """One step of `update_freq` micro batches: (values for the statistics, pictures seen on this process)."""
+@dataclass
+class _Outcome:
+    """Of one optimizer step on this process."""
+
+    values: dict[str, Tensor]
+    skipped: Tensor
+    rows: list[int]
+    bad_images: int
+
+
+@dataclass
+class _Window:
+    """The steps since values were last read from the device."""
+
+    text: str = ""  # what the one before had to say
+    images: int = 0
+    started: float = field(default_factory=time.monotonic)
+
+
+def _show(run: TrainingRun, state: EpochState, window: _Window, step: int, rows: Sequence[int]) -> str:
+    """Read the values of the steps up to `step`, note them, and look for broken gradients; returns a line on them."""
+    means = state.recent.read()
+    flags = torch.stack([flag.to(run.process.device) for flag in state.flags]).cpu().tolist()
+    rate = window.images / (time.monotonic() - window.started)
+    state.recent, state.flags = Statistics(), []
+    if run.writer is not None:
+        for name, value in {**means, "lr": run.schedule[step], "images_per_second": rate}.items():
+            run.writer.add_scalar(f"train/{name}", value, step)
+    for number, skipped in enumerate(flags, start=step + 1 - len(flags)):
+        state.skipped_in_row = state.skipped_in_row + 1 if skipped else 0
+        if skipped and run.process.is_main:
+            logger.warning("step %d: the gradient is not finite; the step was skipped on all processes", number)
+    if state.skipped_in_row >= run.max_skipped_steps:
+        raise FloatingPointError(_why_training_stops(run, state.skipped_in_row, step, rows))
+    return _progress_text(means, run.schedule[step], rate)
+
+
+def _why_training_stops(run: TrainingRun, in_row: int, step: int, rows: Sequence[int]) -> str:
+    shares = []
+    for rank, places in enumerate(utils.gather([run.dataset.place(row) for row in rows])):
+        more = f", … ({len(places)} in all)" if len(places) > MAX_ROWS_NAMED else ""
+        shares.append(f"process {rank}: {', '.join(places[:MAX_ROWS_NAMED])}{more}")
+    return (
+        f"{in_row} steps in a row had a loss or gradient that is not finite, the last of them step {step}, with the "
+        f"rows of {'; '.join(shares)}. Training stops; the weights are finite and the last checkpoint is untouched. "
+        "Lower --lr or raise --warmup_epochs, use --precision bf16 or fp32, or look at these rows"
+    )
+
+
+def summarize(run: TrainingRun, epoch: int, state: EpochState) -> dict[str, float]:
+    """Of a finished epoch: means over all processes, the last learning rate, what was left out. Collective."""
+    means = _mean_over_processes(state.whole.read())
+    last = (epoch + 1) * run.sampler.steps_per_epoch - 1
+    counts = {
+        "skipped_steps": state.step - int(state.whole.counted),
+        "bad_images": sum(utils.gather(state.bad_images)),
+    }
+    return {**means, "lr": run.schedule[last], **{name: count for name, count in counts.items() if count}}
+
+
+def _optimizer_step(run: TrainingRun, batches: Iterator[dict[str, Tensor]], step: int) -> _Outcome:
+    """One step of `update_freq` micro batches."""
     backend, device = run.backend, run.process.device
     utils.seed_everything(run.seed, step, run.process.rank)
-    values, images = Statistics(), 0
+    values, rows, bad_images = Statistics(), [], 0
     for micro in range(run.update_freq):
-        batch = prepare(next(batches), run.task, device, backend.input_dtype)
-        images += len(batch["row"])
+        batch = next(batches)
+        rows += batch["row"].tolist()
+        bad_images += int(batch.pop("bad_images", 0))
+        batch = prepare(batch, run.task, device, backend.input_dtype)
         with backend.micro_step(last=micro == run.update_freq - 1):
             with backend.autocast():
                 outputs = run.task.training_step(backend.model, batch, step)
-            backend.backward(outputs["loss"])
+            backend.backward(_spread_nan(outputs["loss"]))
         values.add(outputs)
-    norm = backend.step()
+    norm, skipped = backend.step()
     if run.ema is not None:
         run.ema.update(backend.full_parameters())
     means = {name: total / run.update_freq for name, total in values.sums.items()}
     if norm is not None:
         means["grad_norm"] = norm.to(device)
-    return means, images
+    return _Outcome(means, skipped.to(device), rows, bad_images)
+
+
+def _spread_nan(loss: Tensor) -> Tensor:
+    """A loss that is no finite number gets NaN gradients, also where its own would be finite (that of an infinite
+    cross-entropy is), so that every process sees the step as broken."""
+    return loss * torch.where(torch.isfinite(loss), 1.0, math.nan)
 
 
 def _progress_text(means: Mapping[str, float], lr: float, images_per_second: float) -> str:
     shown = "  ".join(f"{name} {value:.4g}" for name, value in means.items() if name != "grad_norm")
     return f"{shown}  lr {lr:.2e}  {images_per_second:.0f} images/s"
-
-
-def _stop_if_not_finite(means: Mapping[str, float], step: int, steps: int) -> None:
-    broken = [f"{name} is {value}" for name, value in means.items() if name == "loss" and not math.isfinite(value)]
-    if broken:
-        raise FloatingPointError(
-            f"{', '.join(broken)} between steps {step - steps + 1} and {step}; training stops. "
-            "Lower --lr or raise --warmup_epochs, or use --precision bf16 or fp32; the last checkpoint is untouched."
-        )
 
 
 def _mean_over_processes(means: dict[str, float]) -> dict[str, float]:
@@ -220,24 +339,28 @@ def validate(run: TrainingRun, loader: DataLoader, epoch: int) -> Validation:
     scores, files = _score(run, loader, epoch, f"validation after epoch {epoch}")
     if run.ema is None:
         return Validation(scores, scores.get(metric), False, files)
-    with run.ema.applied_to(run.backend.module):
-        averaged, averaged_files = _score(run, loader, epoch, f"validation of the average after epoch {epoch}")
+    what = f"validation of the average after epoch {epoch}"
+    averaged, averaged_files = _score(run, loader, epoch, what, run.ema.averages)
     better = metric in averaged and averaged[metric] > scores[metric]
     every = {**scores, **{f"ema_{name}": value for name, value in averaged.items()}}
     return Validation(every, (averaged if better else scores).get(metric), better, averaged_files if better else files)
 
 
-def _score(run: TrainingRun, loader: DataLoader, epoch: int, what: str) -> tuple[dict[str, float], dict[str, Any]]:
+def _score(
+    run: TrainingRun, loader: DataLoader, epoch: int, what: str, averages: Mapping[str, Tensor] | None = None
+) -> tuple[dict[str, float], dict[str, Any]]:
     backend = run.backend
-    records = evaluate(
-        run.task,
-        backend.model,
-        loader,
-        run.process,
-        autocast=backend.autocast,
-        input_dtype=backend.input_dtype,
-        what=what,
-    )
+    with backend.evaluation_model(averages) as model:
+        records = evaluate(
+            run.task,
+            model,
+            loader,
+            run.process,
+            autocast=backend.autocast,
+            input_dtype=backend.input_dtype,
+            what=what,
+            check_stop=run.check_stop,
+        )
     scores: dict[str, float] = {}
     files: dict[str, Any] = {}
     if run.process.is_main:
@@ -255,24 +378,31 @@ def evaluate(
     autocast: Any,
     input_dtype: torch.dtype = torch.float32,
     what: str = "evaluation",
+    check_stop: Callable[[], None] = lambda: None,
 ) -> list[Record]:
     """Records of all examples, each exactly once and in the order of their rows, on every process. Collective.
 
     Args:
-        loader: this process's share of the examples.
+        model: computes without other processes, because they may have fewer batches.
+        loader: this process's share of the examples; it may be empty.
         autocast: makes the context of a forward pass, as `Backend.autocast`.
+        check_stop: called after each batch, on every process equally often; may raise.
     """
     model.eval()
     records: list[Record] = []
     progress = Progress(what, len(loader), process.is_main)
     started, images = time.monotonic(), 0
+    batches = iter(loader)
     with torch.no_grad():
-        for batch in loader:
-            batch = prepare(batch, task, process.device, input_dtype)
-            with autocast():
-                records += task.evaluation_step(model, batch)
-            images += len(batch["row"]) * process.world_size
-            progress.advance(f"{images / (time.monotonic() - started):.0f} images/s")
+        for _ in range(max(utils.gather(len(loader)))):
+            batch = next(batches, None)
+            if batch is not None:
+                batch = prepare(batch, task, process.device, input_dtype)
+                with autocast():
+                    records += task.evaluation_step(model, batch)
+                images += len(batch["row"]) * process.world_size
+                progress.advance(f"{images / (time.monotonic() - started):.0f} images/s")
+            check_stop()
     progress.close()
     by_row = {record["row"]: record for share in utils.gather(records) for record in share}
     return [by_row[row] for row in sorted(by_row)]

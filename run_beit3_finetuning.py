@@ -9,11 +9,10 @@ import argparse
 import functools
 import json
 import logging
-import math
+import multiprocessing
 import os
 import sys
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +26,17 @@ from torch.utils.data import DataLoader
 import utils
 from beit3.augmentation import CROP_SCALE, INTERPOLATIONS
 from beit3.backends import DTYPES, Backend, BackendSettings, PlainBackend, choose_precision
+from beit3.checkpoints import versions
 from beit3.ema import ModelEma
-from beit3.errors import BadImageError, InputError
+from beit3.errors import BadImageError, CheckpointError, InputError
 from beit3.files import atomic_write
 from beit3.images import screen_images
-from beit3.weights import Checkpoint, load_weights, newest_checkpoint, read_checkpoint, write_weights
+from beit3.weights import Checkpoint, load_weights, read_checkpoint
 from datasets import EpochSampler, EvaluationSampler, ImageTextDataset, build_loader
-from engine_for_finetuning import TrainingRun, Validation, evaluate, train_one_epoch, validate
+from engine_for_finetuning import EpochState, TrainingRun, Validation, evaluate, summarize, train_one_epoch, validate
 from modeling_finetune import MODEL_NAMES, BEiT3Model
 from optim_factory import cosine_schedule, create_optimizer, parameter_groups
+from run_state import Keeper, Keeping, Progress, find_resumable, write_log
 from tasks import PLANNED, TASKS, Record, Task, TaskSettings
 
 logger = logging.getLogger(__name__)
@@ -105,6 +106,11 @@ def _add_data_flags(group: Any) -> None:
     group.add_argument(
         "--crop_scale", type=float, nargs=2, default=CROP_SCALE, help="share of the area a training crop keeps, 0-1"
     )
+    group.add_argument(
+        "--skip_bad_images",
+        action="store_true",
+        help="train on another row where a picture cannot be read, the same one each time; evaluation never does",
+    )
     group.add_argument("--num_workers", type=int, default=10, help="loader processes per process")
     group.add_argument("--pin_mem", action="store_true", default=True, help="page-locked batches, for GPUs")
     group.add_argument("--no_pin_mem", action="store_false", dest="pin_mem")
@@ -122,14 +128,43 @@ def _add_run_flags(group: Any) -> None:
         help="auto: bf16 or fp16 on a GPU, fp32 on a CPU",
     )
     group.add_argument("--seed", type=int, default=0)
-    group.add_argument("--resume", default="", help="a full checkpoint to go on from")
     group.add_argument(
-        "--auto_resume", action="store_true", default=True, help="go on from the newest checkpoint in --output_dir"
+        "--deterministic",
+        action="store_true",
+        help="two runs of one command give bitwise equal weights on a GPU too, on one kind of GPU and of software, "
+        "for some speed and memory; an operation that cannot do it ends the run. On a CPU runs are equal without it. "
+        "Without it on a GPU: same examples and same random draws, but sums in changing order, so the last digits vary",
+    )
+    group.add_argument("--resume", default="", help="a full checkpoint to go on from, rather than the newest")
+    group.add_argument(
+        "--auto_resume",
+        action="store_true",
+        default=True,
+        help="go on from the newest complete checkpoint in --output_dir, exactly as if nothing had happened",
     )
     group.add_argument("--no_auto_resume", action="store_false", dest="auto_resume")
+    group.add_argument(
+        "--force_resume", action="store_true", help="go on although data or recipe changed; otherwise refused"
+    )
     group.add_argument("--save_ckpt", action="store_true", default=True)
     group.add_argument("--no_save_ckpt", action="store_false", dest="save_ckpt", help="write no checkpoint at all")
     group.add_argument("--save_ckpt_freq", type=int, default=5, help="epochs between checkpoints")
+    group.add_argument("--save_ckpt_steps", type=int, default=0, help="steps between checkpoints in an epoch; 0 = none")
+    group.add_argument(
+        "--keep_checkpoints",
+        type=int,
+        default=3,
+        help="full checkpoints kept, the newest ones; checkpoint-best and the one resumed from stay too; 0 = all",
+    )
+    group.add_argument(
+        "--max_skipped_steps",
+        type=int,
+        default=25,
+        help="so many steps in a row with a loss or gradient that is not finite end the training",
+    )
+    group.add_argument(
+        "--timeout", type=float, default=1800, help="seconds to wait for another process or a loader's worker"
+    )
     group.add_argument("--start_epoch", type=int, default=0, help="first epoch when nothing is resumed")
     group.add_argument("--eval", action="store_true", help="predict --split with --finetune and write the submission")
     group.add_argument("--split", default="test", help="what --eval predicts: test, test-dev, val")
@@ -217,7 +252,10 @@ def check_arguments(args: argparse.Namespace, task: type[Task]) -> list[str]:
         problems.append("--eval needs a checkpoint: --finetune FILE")
     if args.eval and not args.output_dir:
         problems.append("--eval needs --output_dir, where the submission is written")
-    for flag in ("batch_size", "epochs", "update_freq", "save_ckpt_freq", "vocab_size"):
+    for flag in ("save_ckpt_steps", "keep_checkpoints"):
+        if getattr(args, flag) < 0:
+            problems.append(f"--{flag} {getattr(args, flag)}: at least 0 is needed")
+    for flag in ("batch_size", "epochs", "update_freq", "save_ckpt_freq", "vocab_size", "max_skipped_steps", "timeout"):
         if getattr(args, flag) < 1:
             problems.append(f"--{flag} {getattr(args, flag)}: at least 1 is needed")
     for flag in ("drop_path", "model_ema_decay", "label_smoothing"):
@@ -227,10 +265,6 @@ def check_arguments(args: argparse.Namespace, task: type[Task]) -> list[str]:
         problems.append(f"--crop_scale {args.crop_scale[0]} {args.crop_scale[1]}: wanted 0 < smallest ≤ largest ≤ 1")
     if args.eval_batch_size is not None and args.eval_batch_size < 1:
         problems.append(f"--eval_batch_size {args.eval_batch_size}: at least 1 is needed")
-    if task.generates and args.enable_deepspeed and args.zero_stage == 3:
-        problems.append(f"--task {args.task} generates text, which --zero_stage 3 cannot yet; use --zero_stage 2")
-    if args.model_ema and args.enable_deepspeed and args.zero_stage == 3:
-        problems.append("--model_ema does not work with --zero_stage 3 yet; use --zero_stage 2")
     return problems
 
 
@@ -325,26 +359,26 @@ def build_model(args: argparse.Namespace, task: Task, checkpoint: Checkpoint | N
     if checkpoint is not None:
         report = load_weights(model, checkpoint, new_head=not args.eval)
         logger.info("%s: %s", checkpoint.path, report)
-    elif not args.resume:
-        logger.info("no --finetune: training starts from fresh weights")
     return model
 
 
 def evaluation_loader(args: argparse.Namespace, dataset: ImageTextDataset, process: utils.Process) -> DataLoader:
     batch_size = args.eval_batch_size or int(1.5 * args.batch_size)
     sampler = EvaluationSampler(len(dataset), batch_size, process.rank, process.world_size)
-    return build_loader(dataset, sampler, args.num_workers, args.pin_mem and process.device.type == "cuda")
+    pin_memory = args.pin_mem and process.device.type == "cuda"
+    return build_loader(dataset, sampler, args.num_workers, pin_memory, args.timeout)
 
 
 def check_pictures(args: argparse.Namespace, process: utils.Process, *datasets: ImageTextDataset) -> None:
     """A quick look at every picture before anything long starts, by the first process for all.
 
     Raises:
-        InputError: on every process, listing the pictures that cannot be read.
+        InputError: on every process, listing the pictures that cannot be read, but for those that training may skip.
     """
     problems: list[str] = []
     if process.is_main:
-        paths = sorted({path for dataset in datasets for path in dataset.image_paths()})
+        needed = [dataset for dataset in datasets if not dataset.skip_bad_images]
+        paths = sorted({path for dataset in needed for path in dataset.image_paths()})
         problems = screen_images(paths, args.data_path)
     problems = utils.broadcast(problems)
     if problems:
@@ -371,153 +405,189 @@ def build_backend(args: argparse.Namespace, model: BEiT3Model, process: utils.Pr
     return PlainBackend(model, optimizer, settings)
 
 
-@dataclass
-class Progress:
-    """Where a run stands: the next epoch, and the best validation so far."""
+def train(args: argparse.Namespace, task: Task, process: utils.Process, stop: utils.StopSignal) -> None:
+    """Fine-tune, validate after each epoch, keep the best.
 
-    epoch: int = 0
-    best: float = -math.inf
-    best_epoch: int = -1
-
-
-def train(args: argparse.Namespace, task: Task, process: utils.Process) -> None:
-    """Fine-tune, validate after each epoch, keep the best."""
+    Raises:
+        utils.StopRequested: after a checkpoint was written from which the same command goes on.
+    """
     checkpoint = read_checkpoint(args.finetune, args.model_key, args.model_prefix) if args.finetune else None
     train_set, val_set = task.dataset("train", training=True), task.dataset("val", training=False)
+    train_set.skip_bad_images = args.skip_bad_images
     check_pictures(args, process, train_set, val_set)
     sampler = EpochSampler(
         len(train_set), args.batch_size, args.update_freq, process.rank, process.world_size, args.seed
     )
-    pin_memory = args.pin_mem and process.device.type == "cuda"
+    keeping = what_is_kept(args, make_fingerprint(args, task, process, train_set, val_set))
+    resume_from = find_resumable(keeping, process)
     model = build_model(args, task, checkpoint).to(process.device)
+    checkpoint = None  # its memory is not needed any more
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
     backend = build_backend(args, model, process)
     ema = None
     if args.model_ema:
         ema = ModelEma(backend.full_parameters(), args.model_ema_decay, args.model_ema_force_cpu)
-    steps_per_epoch = sampler.steps_per_epoch
+    if not args.finetune and resume_from is None:
+        logger.info("no --finetune: training starts from fresh weights")
+    keeper = Keeper(keeping, process, backend, task, describe_model(args, task), ema, resume_from)
+    progress, state = keeper.start(args.start_epoch)
+
+    def after_step(epoch: int, state: EpochState) -> None:
+        progress.step = state.step
+        done = epoch * sampler.steps_per_epoch + state.step
+        if args.save_ckpt_steps and done % args.save_ckpt_steps == 0 and state.step < sampler.steps_per_epoch:
+            keeper.save(progress, state)
+        stop.check()
+
     run = TrainingRun(
         task,
         backend,
         process,
         dataset=train_set,
         sampler=sampler,
-        loader=build_loader(train_set, sampler, args.num_workers, pin_memory),
-        schedule=cosine_schedule(
-            args.lr,
-            args.min_lr,
-            epochs=args.epochs,
-            steps_per_epoch=steps_per_epoch,
-            warmup_epochs=args.warmup_epochs,
-            warmup_steps=args.warmup_steps,
+        loader=build_loader(
+            train_set, sampler, args.num_workers, args.pin_mem and process.device.type == "cuda", args.timeout
         ),
+        schedule=make_schedule(args, sampler.steps_per_epoch),
         update_freq=args.update_freq,
         seed=args.seed,
+        after_step=after_step,
+        check_stop=stop.check,
         ema=ema,
-        writer=_open_writer(args, process),
+        writer=_open_writer(args, process, progress.epoch * sampler.steps_per_epoch + progress.step),
+        max_skipped_steps=args.max_skipped_steps,
+        num_parameters=num_parameters,
     )
-    progress = _resume(args, backend, ema) or Progress(epoch=args.start_epoch)
     val_loader = evaluation_loader(args, val_set, process)
-    parameters = sum(p.numel() for p in model.parameters())
+    _announce(args, run, len(val_set))
+    try:
+        while progress.epoch < args.epochs:
+            _one_epoch(args, run, keeper, progress, state, val_loader)
+            state = EpochState()
+    except utils.StopRequested:
+        keeper.save(progress, state)
+        raise
+    keeper.finish(progress)
+
+
+def make_schedule(args: argparse.Namespace, steps_per_epoch: int) -> list[float]:
+    """Learning rate of every step of the whole run."""
+    return cosine_schedule(
+        args.lr,
+        args.min_lr,
+        epochs=args.epochs,
+        steps_per_epoch=steps_per_epoch,
+        warmup_epochs=args.warmup_epochs,
+        warmup_steps=args.warmup_steps,
+    )
+
+
+def _announce(args: argparse.Namespace, run: TrainingRun, validation_examples: int) -> None:
+    process = run.process
     logger.info(
         "%s: %.1f M parameters, %d training and %d validation examples, %d steps of %d pairs per epoch, %s on %d × %s",
-        model_name(args, type(task)), parameters / 1e6, len(train_set), len(val_set), steps_per_epoch,
-        args.batch_size * args.update_freq * process.world_size,
-        backend.settings.precision, process.world_size, process.device.type,
+        model_name(args, type(run.task)), run.num_parameters / 1e6, len(run.dataset), validation_examples,
+        run.sampler.steps_per_epoch, run.sampler.global_batch,
+        run.backend.settings.precision, process.world_size, process.device.type,
     )  # fmt: skip
-    for epoch in range(progress.epoch, args.epochs):
-        training = train_one_epoch(run, epoch, steps_per_epoch)
-        validation = validate(run, val_loader, epoch)
-        progress = _keep_best(args, run, progress, epoch, validation)
-        if args.output_dir and args.save_ckpt and ((epoch + 1) % args.save_ckpt_freq == 0 or epoch + 1 == args.epochs):
-            _save(args, run, progress)
-        _log_epoch(args, process, epoch, training, validation, parameters)
-    if progress.best > -math.inf:
-        logger.info("best validation %s %.2f, after epoch %d", task.best_metric, progress.best, progress.best_epoch)
 
 
-def _keep_best(
-    args: argparse.Namespace, run: TrainingRun, progress: Progress, epoch: int, validation: Validation
-) -> Progress:
-    """The progress after this epoch; writes `checkpoint-best` when the validation metric improved.
-
-    Where validation cannot be scored, the last epoch counts as the best.
-    """
-    if validation.score is not None and validation.score <= progress.best:
-        return Progress(epoch + 1, progress.best, progress.best_epoch)
-    if args.output_dir and args.save_ckpt:
-        best = run.ema.averages.items() if run.ema and validation.averaged else run.backend.full_parameters()
-        weights = {name: tensor.detach().float().cpu() for name, tensor in best}
-        description = {
-            **describe_model(args, run.task),
-            "epoch": epoch,
-            run.task.best_metric: validation.score,
-            "from": "average" if validation.averaged else "weights",
-        }
-        if run.process.is_main:
-            write_weights(Path(args.output_dir) / f"checkpoint-best{run.backend.suffix}", weights, description)
-        utils.barrier()
-    return Progress(epoch + 1, progress.best if validation.score is None else validation.score, epoch)
+def _one_epoch(
+    args: argparse.Namespace,
+    run: TrainingRun,
+    keeper: Keeper,
+    progress: Progress,
+    state: EpochState,
+    val_loader: DataLoader,
+) -> None:
+    """What is left of an epoch: training, validation, log, checkpoints; `progress` then stands at the next one."""
+    epoch, steps = progress.epoch, run.sampler.steps_per_epoch
+    training = {}
+    if state.step < steps:
+        training["images_per_second"] = train_one_epoch(run, epoch, state)
+    training = {**summarize(run, epoch, state), **training}
+    validation = validate(run, val_loader, epoch)
+    keeper.keep_best(progress, validation)
+    _log_epoch(args, run, epoch, training, validation)
+    progress.epoch, progress.step = epoch + 1, 0
+    if (epoch + 1) % args.save_ckpt_freq == 0 or epoch + 1 == args.epochs:
+        keeper.save(progress, EpochState())
 
 
-def _save(args: argparse.Namespace, run: TrainingRun, progress: Progress) -> None:
-    path = Path(args.output_dir) / f"checkpoint-{progress.epoch - 1}{run.backend.suffix}"
-    extra = {
-        "description": describe_model(args, run.task),
-        "progress": asdict(progress),
-        "ema": None if run.ema is None else run.ema.averages,
+# What decides the steps of a run, beside its data. Other flags may change when it is resumed.
+RECIPE = """model task input_size drop_path vocab_size num_max_bpe_tokens model_ema model_ema_decay finetune opt
+    opt_eps opt_betas clip_grad momentum weight_decay lr layer_decay task_head_lr_weight min_lr warmup_epochs
+    warmup_steps epochs randaug train_interpolation crop_scale skip_bad_images seed captioning_mask_prob
+    drop_worst_ratio drop_worst_after label_smoothing captions_per_image enable_deepspeed""".split()
+
+
+def make_fingerprint(
+    args: argparse.Namespace,
+    task: Task,
+    process: utils.Process,
+    train_set: ImageTextDataset,
+    val_set: ImageTextDataset,
+) -> dict[str, Any]:
+    """What must be the same for a run to go on: plain values, see `beit3.checkpoints`."""
+    recipe = {f"--{name}": getattr(args, name) for name in RECIPE}
+    recipe["precision"] = choose_precision(args.precision, process.device)
+    recipe["pairs per step"] = args.batch_size * args.update_freq * process.world_size
+    if args.enable_deepspeed:
+        recipe["--zero_stage"] = args.zero_stage
+    return {
+        "format": FORMAT,
+        "versions": versions(),
+        "world_size": process.world_size,
+        "recipe": json.loads(json.dumps(recipe)),  # tuples become lists, as they come back from a file
+        "data": {
+            "training data": train_set.digest,
+            "validation data": val_set.digest,
+            "tokenizer": task.tokenizer.sha256,
+        },
     }
-    run.backend.save(path, extra)
 
 
-def _resume(args: argparse.Namespace, backend: Backend, ema: ModelEma | None) -> Progress | None:
-    """Go on from `--resume`, or from the newest checkpoint in `--output_dir`; None when there is none."""
-    path = Path(args.resume) if args.resume else None
-    if path is None and args.auto_resume and args.output_dir:
-        path = newest_checkpoint(Path(args.output_dir), backend.suffix)
-    if path is None:
-        return None
-    extra = backend.load(path)
-    if ema is not None:
-        if extra.get("ema") is None:
-            raise InputError(f"{path}: has no average of the weights; leave --model_ema out, or start anew")
-        ema.load(extra["ema"])
-    progress = Progress(**extra["progress"])
-    logger.info("%s: going on with epoch %d", path, progress.epoch)
-    return progress
+def what_is_kept(args: argparse.Namespace, fingerprint: dict[str, Any]) -> Keeping:
+    return Keeping(
+        folder=Path(args.output_dir) if args.output_dir and args.save_ckpt else None,
+        keep=args.keep_checkpoints,
+        resume=Path(args.resume) if args.resume else None,
+        auto_resume=args.auto_resume,
+        force=args.force_resume,
+        fingerprint=fingerprint,
+        suffix="" if args.enable_deepspeed else PlainBackend.suffix,
+        any_world_size=not args.enable_deepspeed or args.zero_stage == 0,
+    )
 
 
-def _open_writer(args: argparse.Namespace, process: utils.Process) -> Any:
+def _open_writer(args: argparse.Namespace, process: utils.Process, first_step: int) -> Any:
     if not args.log_dir or not process.is_main:
         return None
     from torch.utils.tensorboard import SummaryWriter  # slow to import
 
-    return SummaryWriter(args.log_dir)
+    return SummaryWriter(args.log_dir, purge_step=first_step)  # what a killed run wrote beyond its checkpoint is void
 
 
 def _log_epoch(
-    args: argparse.Namespace,
-    process: utils.Process,
-    epoch: int,
-    training: dict[str, float],
-    validation: Validation,
-    parameters: int,
+    args: argparse.Namespace, run: TrainingRun, epoch: int, training: dict[str, float], validation: Validation
 ) -> None:
-    entry = {f"train_{name}": value for name, value in training.items()}
+    entry: dict[str, float] = {f"train_{name}": value for name, value in training.items()}
     entry |= {f"val_{name}": value for name, value in validation.scores.items()}
-    entry |= {"epoch": epoch, "n_parameters": parameters}
-    logger.info(
-        "epoch %d: %s", epoch, "  ".join(f"{k} {v:.4g}" for k, v in entry.items() if k not in ("epoch", "n_parameters"))
-    )
-    if args.output_dir and process.is_main:
+    logger.info("epoch %d: %s", epoch, "  ".join(f"{name} {value:.4g}" for name, value in entry.items()))
+    entry |= {"epoch": epoch, "n_parameters": run.num_parameters}
+    if args.output_dir and run.process.is_main:
         for name, content in validation.files.items():
             with atomic_write(Path(args.output_dir) / name) as file:
                 json.dump(content, file)
-        with (Path(args.output_dir) / "log.txt").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
+        write_log(Path(args.output_dir) / "log.txt", entry)
 
 
-def predict(args: argparse.Namespace, task: Task, process: utils.Process) -> None:
-    """Answer a split with a checkpoint; write the submission, and the scores where the right answers are known."""
+def predict(args: argparse.Namespace, task: Task, process: utils.Process, stop: utils.StopSignal) -> None:
+    """Answer a split with a checkpoint; write the submission, and the scores where the right answers are known.
+
+    Raises:
+        utils.StopRequested: nothing was written.
+    """
     checkpoint = read_checkpoint(args.finetune or args.resume, args.model_key, args.model_prefix)
     check_description(checkpoint.description, args, task)
     task.adopt(checkpoint.description)
@@ -531,7 +601,8 @@ def predict(args: argparse.Namespace, task: Task, process: utils.Process) -> Non
         else functools.partial(torch.autocast, process.device.type, DTYPES[precision])
     )
     loader = evaluation_loader(args, dataset, process)
-    records = evaluate(task, model, loader, process, autocast=autocast, what=f"predicting {args.split}")
+    what = f"predicting {args.split}"
+    records = evaluate(task, model, loader, process, autocast=autocast, what=what, check_stop=stop.check)
     if len(records) != len(dataset):
         raise RuntimeError(f"{len(records)} predictions for {len(dataset)} examples")
     if process.is_main:
@@ -553,28 +624,82 @@ def _write_results(folder: Path, task: Task, records: list[Record]) -> None:
     logger.info("scores written to %s", folder / task.report_file())
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = get_args(argv)
-    utils.set_up_logging(is_main=True)
+def make_deterministic() -> None:
+    """Every operation in one order, or an error. On a GPU; a CPU does so anyway."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    # Of the kinds of attention these have no backward pass in a fixed order.
+    torch.backends.cuda.enable_mem_efficient_sdp(False)
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+def run_with(args: argparse.Namespace) -> int:
+    """Train or predict; the exit status."""
+    process = utils.start_processes(
+        args.device, on_itp=args.dist_on_itp, init_method=args.dist_url, timeout_seconds=args.timeout
+    )
+    utils.set_up_logging(process.is_main)
+    task = check_all(args)
+    if args.deterministic:
+        make_deterministic()
+    if args.output_dir:
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+    stop = utils.StopSignal(args.timeout)
     try:
-        process = utils.start_processes(args.device, on_itp=args.dist_on_itp, init_method=args.dist_url)
-        utils.set_up_logging(process.is_main)
-        task = check_all(args)
-        if args.output_dir:
-            Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-        (predict if args.eval else train)(args, task, process)
-    except (InputError, ValueError) as error:  # the same on all processes, told once
-        if int(os.environ.get("RANK", "0")) == 0:
-            logger.error("%s", error)
-        return 2
-    except (BadImageError, FloatingPointError) as error:
-        # From a loader's process it comes with that process's traceback; the last line is the message.
-        logger.error("%s", str(error).strip().splitlines()[-1])
-        return 1
+        (predict if args.eval else train)(args, task, process, stop)
+    except utils.StopRequested as request:
+        logger.warning("%s; the same command goes on from here", request)
+        return 128 + request.signum
     finally:
-        utils.stop_processes()
+        stop.release()
     return 0
 
 
+def main(argv: list[str] | None = None) -> int:
+    args = get_args(argv)
+    utils.set_up_logging(is_main=True)
+    status = 1
+    try:
+        status = run_with(args)
+    except (InputError, ValueError) as error:  # the same on all processes, told once
+        if int(os.environ.get("RANK", "0")) == 0:
+            logger.error("%s", error)
+        status = 2
+    except (BadImageError, FloatingPointError, CheckpointError) as error:
+        # From a loader's process it comes with that process's traceback; the last line is the message.
+        logger.error("%s", str(error).strip().splitlines()[-1])
+    except RuntimeError as error:
+        told = explain(error)
+        if told is None:
+            raise
+        logger.error("%s", told)
+    finally:
+        # After an error other processes may wait in a collective call; only leaving frees them.
+        if status in (0, 2) or utils.world_size() == 1:
+            utils.stop_processes()
+    return status
+
+
+def explain(error: RuntimeError) -> str | None:
+    """What PyTorch's errors about lost processes mean to a user; None for any other error."""
+    text = str(error)
+    if "DataLoader worker" in text or "DataLoader timed out" in text:
+        return (
+            f"a loader's worker died or hung ({text.splitlines()[0]}). Was memory short, or a disk away? The same "
+            "command goes on from the last checkpoint; --num_workers 0 loads without workers"
+        )
+    if isinstance(error, torch.distributed.DistError) or "imed out" in text or "onnection" in text:
+        return (
+            f"another process died or did not answer within --timeout ({text.splitlines()[0][:200]}). The same command "
+            "goes on from the last checkpoint"
+        )
+    return None
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    finally:
+        for child in multiprocessing.active_children():
+            child.kill()  # a loader's worker that hangs would be waited for

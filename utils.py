@@ -5,11 +5,15 @@ One process is a world of size 1 by the same code: `barrier`, `gather` and `broa
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
+import re
+import signal
 import socket
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -78,12 +82,26 @@ def resolve_device(name: str, local_rank: int) -> torch.device:
     return device
 
 
+def _first_host(node_list: str) -> str:
+    """The first machine of a list as SLURM writes it: "gpu[03-05,9],cpu1" → "gpu03"."""
+    prefix, bracket, rest = node_list.split(",")[0].partition("[")
+    return prefix + re.split(r"[-,\]]", rest)[0] if bracket else prefix
+
+
+def _meeting_point(environment: Mapping[str, str]) -> dict[str, str]:
+    """Where processes find each other when the launcher does not say: SLURM's first machine, a port by the job."""
+    nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST", "")
+    job = int(environment.get("SLURM_JOB_ID", "0"))
+    return {"MASTER_ADDR": _first_host(nodes) or "127.0.0.1", "MASTER_PORT": str(29500 + job % 1000)}
+
+
 def start_processes(
-    device: str = "auto", *, on_itp: bool = False, init_method: str = "env://", timeout_minutes: float = 30
+    device: str = "auto", *, on_itp: bool = False, init_method: str = "env://", timeout_seconds: float = 1800
 ) -> Process:
     """Join the other processes a launcher started, or be a world of one.
 
-    Also a single process has a process group (in memory, no port), because DeepSpeed asks for one.
+    Also a single process has a process group (in memory, no port), because DeepSpeed asks for one. A process that
+    waits for another longer than `timeout_seconds` gives up with an error.
     """
     ranks = _launcher_ranks(os.environ, on_itp)
     rank, world_size, local_rank = ranks or (0, 1, 0)
@@ -92,13 +110,13 @@ def start_processes(
     chosen = resolve_device(device, local_rank)
     if not dist.is_initialized():
         where: dict[str, Any] = {"init_method": init_method} if world_size > 1 else {"store": dist.HashStore()}
-        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        os.environ.setdefault("MASTER_PORT", "29500")
+        for name, value in _meeting_point(os.environ).items():
+            os.environ.setdefault(name, value)
         dist.init_process_group(
             "nccl" if chosen.type == "cuda" else "gloo",
             rank=rank,
             world_size=world_size,
-            timeout=timedelta(minutes=timeout_minutes),
+            timeout=timedelta(seconds=timeout_seconds),
             device_id=chosen if chosen.type == "cuda" else None,
             **where,
         )
@@ -138,6 +156,71 @@ def broadcast(value: T) -> T:
     return box[0]
 
 
+class StopRequested(Exception):
+    """The run was asked to stop, and all processes know; `signum` says by which signal."""
+
+    def __init__(self, signum: int) -> None:
+        self.signum = signum
+        super().__init__(f"stopped by {signal.Signals(signum).name}")
+
+
+class StopSignal:
+    """Turns SIGTERM and Ctrl-C into a stop at a moment that all processes agree on.
+
+    A second signal, later than the echo that launchers send of the first, ends the process at once.
+    """
+
+    ECHO_SECONDS = 3.0
+
+    def __init__(self, timeout_seconds: float = 1800) -> None:
+        self._received = 0
+        self._first_time = 0.0
+        self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
+        # The flags meet on the CPU and one call late, so that asking never waits for a GPU.
+        self._group: Any = None
+        if world_size() > 1:
+            self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
+        self._asked: tuple[Any, torch.Tensor] | None = None
+
+    def _handle(self, number: int, frame: Any) -> None:
+        if self._received and time.monotonic() - self._first_time > self.ECHO_SECONDS:
+            raise SystemExit(128 + number)
+        if not self._received:
+            self._received, self._first_time = number, time.monotonic()
+            if not dist.is_initialized() or dist.get_rank() == 0:
+                # Not through logging: the signal may have come while it was writing.
+                name = signal.Signals(number).name
+                os.write(2, f"\n{name}: finishing this step, then stopping; a second one stops at once\n".encode())
+
+    def check(self) -> None:
+        """Collective, once per step.
+
+        Raises:
+            StopRequested: on all processes at the same call, when one has received a signal.
+        """
+        signum = self._received if self._group is None else self._agreed()
+        if signum:
+            raise StopRequested(signum)
+
+    def _agreed(self) -> int:
+        earlier = self._asked
+        flag = torch.tensor([self._received])
+        self._asked = (dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._group, async_op=True), flag)
+        if earlier is None:
+            return 0
+        work, answer = earlier
+        work.wait()
+        return int(answer)
+
+    def release(self) -> None:
+        """Give the signals back to whoever had them."""
+        if self._asked is not None:
+            with contextlib.suppress(RuntimeError):  # another process may be gone already
+                self._asked[0].wait()
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
 def seed_everything(*parts: int) -> None:
     """Make what PyTorch draws next a function of `parts` (seed, step, process, …) alone, on every device."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
@@ -166,5 +249,5 @@ def set_up_logging(is_main: bool) -> None:
     root.setLevel(logging.WARNING)
     # It reports a machine without a GPU as something amiss.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    for ours in ("beit3", "datasets", "tasks", "engine_for_finetuning", "modeling_finetune", "__main__"):
+    for ours in ("beit3", "datasets", "tasks", "engine_for_finetuning", "run_state", "modeling_finetune", "__main__"):
         logging.getLogger(ours).setLevel(logging.INFO if is_main else logging.WARNING)

@@ -6,18 +6,19 @@ A step is `update_freq` times (inside `micro_step`: forward, `backward`), then `
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from beit3.errors import InputError
+from beit3.checkpoints import errors_named
+from beit3.ema import applied_to
 from beit3.files import atomic_write
 from beit3.weights import load_untrusted
 
@@ -62,6 +63,19 @@ class BackendSettings:
     initial_scale_power: int = 16
 
 
+class StepOutcome(NamedTuple):
+    """What became of a step, on the device and not waited for.
+
+    Attributes:
+        grad_norm: () L2 norm of the gradient before clipping, None where it is not known.
+        skipped: () 1.0 when the gradient was no finite number and nothing was changed, else 0.0; alike on all
+            processes.
+    """
+
+    grad_norm: Tensor | None
+    skipped: Tensor
+
+
 class Backend(Protocol):
     """What the engine asks of a backend.
 
@@ -93,16 +107,30 @@ class Backend(Protocol):
         """Add a micro batch's gradient: () mean loss of its pairs."""
         ...
 
-    def step(self) -> Tensor | None:
-        """Clip, update, clear. Returns the gradient's L2 norm () before clipping, None where it is not known."""
+    def step(self) -> StepOutcome:
+        """Clip, update, clear; a step whose gradient is broken changes nothing."""
         ...
 
     def full_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """Names and whole fp32 values of all parameters. Collective."""
         ...
 
+    def evaluation_model(self, averages: Mapping[str, Tensor] | None = None) -> AbstractContextManager[nn.Module]:
+        """The whole model, with `averages` as its weights where given, for as long as the block lasts.
+
+        Entering is collective; what is computed inside needs no other process.
+        """
+        ...
+
     def save(self, path: Path, extra: dict[str, Any]) -> None:
-        """Write everything needed to go on, and `extra` (plain values and tensors), to `path`. Collective."""
+        """Write everything needed to go on, and `extra`, to `path`, complete or not at all. Collective.
+
+        Args:
+            extra: plain values and tensors; holds at least "fingerprint" and "description".
+
+        Raises:
+            CheckpointError: it could not be written.
+        """
         ...
 
     def load(self, path: Path) -> dict[str, Any]:
@@ -147,7 +175,7 @@ class PlainBackend:
     def backward(self, loss: Tensor) -> None:
         self.scaler.scale(loss / self.settings.update_freq).backward()
 
-    def step(self) -> Tensor:
+    def step(self) -> StepOutcome:
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         for parameter in parameters:
             if parameter.grad is None:  # no part in this task: decays like the others, as under DeepSpeed
@@ -157,13 +185,29 @@ class PlainBackend:
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
         if limit is not None:
             torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        skipped = (~torch.isfinite(norm)).float()
+        self._update_unless(skipped)
         self.optimizer.zero_grad(set_to_none=True)
-        return norm
+        return StepOutcome(norm, skipped)
+
+    def _update_unless(self, skipped: Tensor) -> None:
+        if self.scaler.is_enabled():
+            self.scaler.step(self.optimizer)  # looks for broken gradients itself
+            self.scaler.update()
+        elif self.optimizer.defaults.get("fused"):
+            # The fused kernels read this flag on the device (it is how GradScaler tells them), so nobody waits.
+            self.optimizer.found_inf = skipped  # type: ignore[attr-defined]
+            self.optimizer.step()
+        elif not skipped:
+            self.optimizer.step()
 
     def full_parameters(self) -> Iterator[tuple[str, Tensor]]:
         yield from self.module.named_parameters()
+
+    @contextmanager
+    def evaluation_model(self, averages: Mapping[str, Tensor] | None = None) -> Iterator[nn.Module]:
+        with applied_to(self.module, averages):
+            yield self.module
 
     def save(self, path: Path, extra: dict[str, Any]) -> None:
         if not dist.is_initialized() or dist.get_rank() == 0:
@@ -173,13 +217,13 @@ class PlainBackend:
                 "scaler": self.scaler.state_dict(),
                 **extra,
             }
-            with atomic_write(path, "wb") as file:
+            with errors_named(path), atomic_write(path, "wb") as file:
                 torch.save(content, file)
+        if self.distributed:
+            dist.barrier()
 
     def load(self, path: Path) -> dict[str, Any]:
         content = load_untrusted(path)
-        if not isinstance(content, dict) or not {"model", "optimizer", "scaler"} <= content.keys():
-            raise InputError([f"{path}: holds weights only; give it to --finetune, or resume from a full checkpoint"])
         self.module.load_state_dict(content.pop("model"))
         self.optimizer.load_state_dict(content.pop("optimizer"))
         self.scaler.load_state_dict(content.pop("scaler"))

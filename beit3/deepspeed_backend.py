@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import logging
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from beit3.backends import DTYPES, BackendSettings
-from beit3.errors import InputError
+from beit3.backends import DTYPES, BackendSettings, StepOutcome
+from beit3.checkpoints import errors_named, replace_folder, write_manifest
+from beit3.ema import applied_to
+from beit3.errors import CheckpointError, InputError
 from beit3.files import atomic_write
 from beit3.weights import load_untrusted, write_weights
 
 logger = logging.getLogger(__name__)
+
+STATE = "state"  # folder of the engine's own files in a checkpoint
 
 
 def import_deepspeed() -> Any:
@@ -80,12 +85,17 @@ class DeepSpeedBackend:
         deepspeed = import_deepspeed()
         self.settings = settings
         self.config = engine_config(settings, dist.get_world_size())
+        # ZeRO-3 leaves the model in pieces, which only all processes in step can compute with.
+        self._whole = copy.deepcopy(model).cpu() if settings.zero_stage == 3 else None
+        self._broken = False
         with _its_prints_in_our_log():
             _build_cpu_op_once()
             self.engine, self.optimizer, _, _ = deepspeed.initialize(
                 model=model, optimizer=optimizer, config=self.config, dist_init_required=False
             )
         self.engine.checkpoint_engine.load = _safe_load
+        if settings.zero_stage == 0 and settings.precision == "fp32":
+            optimizer.register_step_pre_hook(self._drop_broken_gradients)
         self.model: nn.Module = self.engine
         self.module = model
         self.input_dtype = DTYPES[settings.precision]
@@ -102,10 +112,22 @@ class DeepSpeedBackend:
     def backward(self, loss: Tensor) -> None:
         self.engine.backward(loss)  # divides by update_freq itself
 
-    def step(self) -> Tensor | None:
+    def step(self) -> StepOutcome:
+        self._broken = False
         self.engine.step()
         norm = self.engine.get_global_grad_norm()
-        return None if norm is None else torch.as_tensor(norm, dtype=torch.float32)
+        skipped = self._broken or not self.engine.was_step_applied()
+        return StepOutcome(
+            None if norm is None else torch.as_tensor(norm, dtype=torch.float32), torch.tensor(float(skipped))
+        )
+
+    def _drop_broken_gradients(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+        """In fp32 at stage 0 DeepSpeed does not look. An optimizer leaves parameters without a gradient alone."""
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        self._broken = not torch.isfinite(torch.nn.utils.get_total_norm([p.grad for p in parameters]))
+        if self._broken:
+            for parameter in parameters:
+                parameter.grad = None
 
     def full_parameters(self) -> Iterator[tuple[str, Tensor]]:
         from deepspeed.utils import safe_get_full_fp32_param
@@ -115,28 +137,49 @@ class DeepSpeedBackend:
             shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 leaves an empty stub between uses
             yield name, parameter.detach() if whole is None else whole.view(shape)
 
+    @contextmanager
+    def evaluation_model(self, averages: Mapping[str, Tensor] | None = None) -> Iterator[nn.Module]:
+        if self._whole is None:
+            with applied_to(self.module, averages):
+                yield self.module
+            return
+        weights = averages.items() if averages is not None else self.full_parameters()
+        whole = self._whole.to(self.engine.device, self.input_dtype)
+        own = dict(whole.named_parameters())
+        with torch.no_grad():
+            for name, value in weights:
+                own[name].copy_(value)
+        try:
+            yield whole
+        finally:
+            whole.cpu()
+
     def save(self, path: Path, extra: dict[str, Any]) -> None:
         """The engine's files, and the whole weights as one file of their own, in a folder renamed when complete."""
         aside = path.with_name(f".{path.name}.tmp")
         if dist.get_rank() == 0:
             shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
         dist.barrier()
-        self.engine.save_checkpoint(str(aside), tag="state", client_state=extra, save_latest=False)
-        weights = {name: tensor.detach().float().cpu() for name, tensor in self.full_parameters()}
-        if dist.get_rank() == 0:
-            write_weights(aside, weights, extra["description"])
-            with atomic_write(aside / "deepspeed_config.json") as file:
-                json.dump(self.config, file, indent=2)
-            shutil.rmtree(path, ignore_errors=True)
-            os.replace(aside, path)
+        try:
+            with errors_named(path):
+                aside.mkdir(parents=True, exist_ok=True)
+                self.engine.save_checkpoint(str(aside), tag=STATE, client_state=extra, save_latest=False)
+                weights = {name: tensor.detach().float().cpu() for name, tensor in self.full_parameters()}
+                dist.barrier()  # every process has written its part
+                if dist.get_rank() == 0:
+                    write_weights(aside, weights, extra["description"])
+                    with atomic_write(aside / "deepspeed_config.json") as file:
+                        json.dump(self.config, file, indent=2)
+                    write_manifest(aside, extra["fingerprint"])
+                    replace_folder(aside, path)
+        except CheckpointError:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
         dist.barrier()
 
     def load(self, path: Path) -> dict[str, Any]:
-        if not (path / "state").is_dir():
-            raise InputError([f"{path}: not a DeepSpeed checkpoint of this toolkit; give it to --finetune instead"])
-        loaded, extra = self.engine.load_checkpoint(str(path), tag="state")
-        if loaded is None:
+        loaded, extra = self.engine.load_checkpoint(str(path), tag=STATE)
+        if loaded is None:  # DeepSpeed's way to say that it found nothing
             raise InputError([f"{path}: DeepSpeed found no state in it"])
         return extra
 

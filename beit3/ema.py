@@ -5,11 +5,29 @@ In bf16 an average with decay 0.9999 never moves: the step is below the last dig
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+
+
+@contextmanager
+def applied_to(module: nn.Module, averages: Mapping[str, Tensor] | None) -> Iterator[None]:
+    """Inside, the module computes with the averages; afterwards with its own weights again. None: nothing is done."""
+    own = {}
+    if averages is not None:
+        with torch.no_grad():
+            for name, parameter in module.named_parameters():
+                own[name] = parameter.detach().clone()
+                parameter.copy_(averages[name])
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, parameter in module.named_parameters():
+                if name in own:
+                    parameter.copy_(own[name])
 
 
 class ModelEma:
@@ -36,21 +54,6 @@ class ModelEma:
             tensor.to(average.device, torch.float32) for tensor, average in zip(new.values(), averages, strict=True)
         ]
         torch._foreach_lerp_(averages, values, 1.0 - self.decay)
-
-    @contextmanager
-    def applied_to(self, module: nn.Module) -> Iterator[None]:
-        """Inside, the module computes with the averages; afterwards with its own weights again."""
-        own = {}
-        with torch.no_grad():
-            for name, parameter in module.named_parameters():
-                own[name] = parameter.detach().clone()
-                parameter.copy_(self.averages[name])
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for name, parameter in module.named_parameters():
-                    parameter.copy_(own[name])
 
     def load(self, averages: dict[str, Tensor]) -> None:
         """Take saved averages over; every name must be there with its shape."""

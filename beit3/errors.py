@@ -1,4 +1,4 @@
-"""The errors that users meet: mistakes in their inputs, and pictures that cannot be read."""
+"""The errors that users meet: mistakes in their inputs, pictures that cannot be read, disks that are full."""
 
 from __future__ import annotations
 
@@ -25,6 +25,10 @@ class InputError(ValueError):
 
 class BadImageError(RuntimeError):
     """A picture that is missing or cannot be decoded; the message names the file, the row and the index line."""
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that could not be written; the message names it and says what became of the older ones."""
 
 
 def _list_problems(problems: list[str]) -> str:

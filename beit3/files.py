@@ -46,7 +46,7 @@ def atomic_writes(paths: Sequence[str | os.PathLike[str]], mode: str = "w") -> I
         for aside, target in zip(asides, targets, strict=True):
             os.replace(aside, target)
         for folder in {target.parent for target in targets}:
-            _sync_folder(folder)
+            sync(folder)
 
 
 def _open_new(path: Path, mode: str) -> IO[Any]:
@@ -55,9 +55,9 @@ def _open_new(path: Path, mode: str) -> IO[Any]:
     return open(path, "x", encoding="utf-8", newline="\n")
 
 
-def _sync_folder(folder: Path) -> None:
-    """Put the renames themselves on the disk; some network file systems refuse that, and lose nothing by it."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Put a file, or the names in a folder, on the disk; some network file systems refuse that, and lose nothing."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):
             os.fsync(descriptor)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import logging
 import math
 import pickle
-import re
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +29,7 @@ POSITION_TABLE = "beit3.encoder.embed_positions.A.weight"
 # Rows of the image position table that belong to no patch: two unused ones and the class token.
 LEADING_ROWS = 3
 MODEL_FILE = "model.safetensors"
+_UNSEALED = "0" * 64  # as long as a SHA-256 in hexadecimal
 DEEPSPEED_FILE = "mp_rank_00_model_states.pt"
 
 
@@ -86,6 +88,62 @@ def load_untrusted(path: Path) -> Any:
         raise InputError([f"{path}: not a readable checkpoint ({str(error).splitlines()[0][:200]})"]) from error
 
 
+def check_file(file: Path) -> None:
+    """Read a file of weights whole and compare its checksums, where it has any.
+
+    A `.pth` in torch's zip container has a CRC-32 of every part, a `.safetensors` of this toolkit the SHA-256 of its
+    tensors. torch and safetensors look at neither: a flipped bit would be a changed weight that nobody sees.
+
+    Raises:
+        InputError: truncated or altered.
+    """
+    try:
+        if file.suffix == ".safetensors":
+            _check_safetensors(file)
+        elif zipfile.is_zipfile(file):
+            with zipfile.ZipFile(file) as container:
+                part = container.testzip()
+            if part is not None:
+                raise InputError(f"{file}: damaged, {part} in it was altered since it was written")
+        elif _starts_as_zip(file):
+            raise InputError(f"{file}: damaged, its end is missing")
+    except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError, EOFError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{file}: damaged ({error})") from error
+
+
+def _starts_as_zip(file: Path) -> bool:
+    with open(file, "rb") as content:
+        return content.read(2) == b"PK"
+
+
+def _check_safetensors(file: Path) -> None:
+    """Layout: 8 bytes with the length of the JSON header, the header, the tensors (safetensors' format description)."""
+    with open(file, "rb") as content:
+        length = int.from_bytes(content.read(8), "little")
+        header = json.loads(content.read(min(length, 1 << 28)).decode("utf-8"))
+        wanted = header.get("__metadata__", {}).get("sha256")
+        if wanted is not None and _sha256_of_rest(content) != wanted:
+            raise InputError(f"{file}: damaged, its tensors were altered since they were written")
+
+
+def _seal_safetensors(file: Path) -> None:
+    """Put the hash of the tensors where `write_weights` left room for it."""
+    with open(file, "r+b") as content:
+        header = content.read(int.from_bytes(content.read(8), "little"))
+        digest = _sha256_of_rest(content)
+        content.seek(8 + header.index(_UNSEALED.encode()))
+        content.write(digest.encode())
+
+
+def _sha256_of_rest(content: IO[bytes]) -> str:
+    digest = hashlib.sha256()
+    while block := content.read(1 << 22):
+        digest.update(block)
+    return digest.hexdigest()
+
+
 def find_weights(path: Path) -> Path:
     """The file that holds the weights: `path` itself, or inside a folder that a DeepSpeed run left.
 
@@ -114,6 +172,7 @@ def read_checkpoint(path: str | Path, model_key: str = "model|module", prefix: s
     """
     path = Path(path)
     file = find_weights(path)
+    check_file(file)
     if file.suffix == ".safetensors":
         state_dict, description = _read_safetensors(file)
     else:
@@ -150,16 +209,9 @@ def write_weights(path: Path, state_dict: Mapping[str, Tensor], description: Map
         return
     path.mkdir(parents=True, exist_ok=True)
     with atomic_write(path / MODEL_FILE, "wb") as file:
-        save_file(tensors, file.name, metadata={"format": "pt", "description": json.dumps(dict(description))})
-
-
-def newest_checkpoint(folder: Path, suffix: str) -> Path | None:
-    """The `checkpoint-<epoch>` of the highest epoch with this ending ("" = a folder), or None."""
-    pattern = re.compile(rf"checkpoint-(\d+){re.escape(suffix)}")
-    found = {
-        int(match.group(1)): path for path in folder.glob("checkpoint-*") if (match := pattern.fullmatch(path.name))
-    }
-    return found[max(found)] if found else None
+        metadata = {"format": "pt", "description": json.dumps(dict(description)), "sha256": _UNSEALED}
+        save_file(tensors, file.name, metadata=metadata)
+        _seal_safetensors(Path(file.name))
 
 
 def resize_positions(table: Tensor, rows: int) -> Tensor:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import run_beit3_finetuning as run
 from beit3.weights import read_checkpoint, write_weights
@@ -79,7 +80,10 @@ def log_of(out):
 
 def test_training_leaves_checkpoints_a_log_and_tensorboard_files(trained):
     names = {path.name for path in trained.iterdir()}
-    assert names == {"checkpoint-0.pth", "checkpoint-1.pth", "checkpoint-best.pth", "log.txt", "log"}
+    assert names == {
+        "checkpoint-0.pth", "checkpoint-1.pth", "checkpoint-best.pth", "checkpoint-best", "checkpoint-last", "log.txt",
+        "log",
+    }  # fmt: skip
     assert list((trained / "log").glob("events*"))
     first, second = log_of(trained)
     assert (first["epoch"], second["epoch"]) == (0, 1)
@@ -111,6 +115,15 @@ def test_an_interrupted_run_goes_on_where_it_stopped_and_ends_the_same(trained, 
     resumed, whole = (torch.load(f / "checkpoint-1.pth", weights_only=True)["model"] for f in (tmp_path, trained))
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
     assert log_of(tmp_path)[-1]["val_score"] == log_of(trained)[-1]["val_score"]
+
+
+def test_best_and_last_weights_load_with_safetensors_alone(trained):
+    best = torch.load(trained / "checkpoint-best.pth", weights_only=True)["model"]
+    last = torch.load(trained / "checkpoint-1.pth", weights_only=True)["model"]
+    for name, wanted in (("checkpoint-best", best), ("checkpoint-last", last)):
+        got = load_file(trained / name / "model.safetensors")
+        assert got.keys() == wanted.keys()
+        assert all(torch.equal(got[key], wanted[key]) for key in wanted)
 
 
 def test_a_finished_run_trains_no_further(trained, coco):

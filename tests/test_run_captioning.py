@@ -11,6 +11,7 @@ from beit3.weights import read_checkpoint
 from datasets import CaptioningDataset
 from tests import reference
 from tests.test_run import log_of, start, tiny_flags
+from tests.workers import Run
 
 PUBLISHED = (
     "--model beit3_base_patch16_480 --input_size 480 --task coco_captioning --batch_size 32 --layer_decay 1.0 "
@@ -51,7 +52,7 @@ def test_the_published_line_parses_with_the_published_meaning():
 def test_training_validates_by_cider_and_keeps_its_captions(trained, coco):
     names = {path.name for path in trained.iterdir()}
     assert names == {
-        "checkpoint-0.pth", "checkpoint-1.pth", "checkpoint-best.pth", "log.txt",
+        "checkpoint-0.pth", "checkpoint-1.pth", "checkpoint-best.pth", "checkpoint-best", "checkpoint-last", "log.txt",
         "submit_coco_captioning_val_e0.json", "submit_coco_captioning_val_e1.json",
         "coco_captioning_result_val_e0.json", "coco_captioning_result_val_e1.json",
     }  # fmt: skip
@@ -113,10 +114,15 @@ def test_nocaps_trains_on_coco_captions_and_predicts_its_own_pictures(trained, c
     assert [entry["image_id"] for entry in captions] == [0, 1, 2]
 
 
-def test_zero_stage_3_is_refused_where_captions_are_generated(coco, tmp_path):
-    result = start(flags(coco, tmp_path, enable_deepspeed=True, zero_stage=3))
-    assert result.returncode == 2
-    assert "--zero_stage 3" in result.stderr
+@pytest.mark.slow
+def test_captions_are_generated_and_averaged_weights_scored_under_zero_stage_3(coco, tmp_path):
+    options = {"model_ema": True, "model_ema_decay": 0.5, "batch_size": 8, "epochs": 1, "warmup_epochs": 0.5}
+    for name, more in (("plain", {}), ("zero", {"enable_deepspeed": True, "zero_stage": 3})):
+        ended = Run(flags(coco, tmp_path / name, **options, **more), 2).wait()
+        assert ended.statuses == [0, 0], ended.output
+    (wanted,), (got,) = log_of(tmp_path / "plain"), log_of(tmp_path / "zero")
+    for name in ("train_loss", "val_CIDEr", "val_ema_CIDEr"):
+        assert got[name] == pytest.approx(wanted[name], rel=1e-3), name
 
 
 @pytest.mark.gpu

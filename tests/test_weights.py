@@ -14,7 +14,6 @@ from beit3.weights import (
     Checkpoint,
     find_weights,
     load_weights,
-    newest_checkpoint,
     read_checkpoint,
     resize_positions,
     write_weights,
@@ -154,8 +153,8 @@ def test_code_hidden_in_a_checkpoint_is_refused_and_never_runs(tmp_path):
     ("name", "content", "message"),
     [
         ("w.pth", b"", "not a readable checkpoint"),
-        ("w.pth", b"PK\x03\x04 cut off", "not a readable checkpoint"),
-        ("w.safetensors", b"\x10", "not a readable safetensors file"),
+        ("w.pth", b"PK\x03\x04 cut off", "its end is missing"),
+        ("w.safetensors", b"\x10", "damaged"),
     ],
 )
 def test_a_damaged_file_is_named(tmp_path, name, content, message):
@@ -172,11 +171,3 @@ def test_a_file_without_weights_and_a_folder_without_checkpoint_are_named(tmp_pa
         find_weights(tmp_path)
     with pytest.raises(InputError, match="no such checkpoint"):
         find_weights(tmp_path / "nothing")
-
-
-def test_the_newest_checkpoint_is_that_of_the_highest_epoch(tmp_path):
-    for name in ("checkpoint-2.pth", "checkpoint-10.pth", "checkpoint-best.pth", "checkpoint-11"):
-        (tmp_path / name).touch()
-    assert newest_checkpoint(tmp_path, ".pth").name == "checkpoint-10.pth"
-    assert newest_checkpoint(tmp_path, "").name == "checkpoint-11"
-    assert newest_checkpoint(tmp_path / "absent", "") is None
