@@ -19,6 +19,7 @@ import functools
 import logging
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -590,6 +591,8 @@ def build_loader(
         num_workers=num_workers,
         timeout=timeout_seconds if num_workers else 0,
         worker_init_fn=_set_up_worker,
+        # Where it can be had: forked workers share the rows of the data set, others get copies.
+        multiprocessing_context="fork" if num_workers and sys.platform == "linux" else None,
         persistent_workers=num_workers > 0,
         pin_memory=pin_memory,
     )
