@@ -55,7 +55,7 @@ else
 fi
 "$PYTHON" -m tasks.make_index "$TASK" "$DATA_PATH" "$SPM"
 
-"${launch[@]}" run_beit3_finetuning.py --task "$TASK" "${recipe[@]}" \
+run_handing_on_signals "${launch[@]}" run_beit3_finetuning.py --task "$TASK" "${recipe[@]}" \
     --sentencepiece_model "$SPM" --data_path "$DATA_PATH" --output_dir "$OUTPUT_DIR" \
     --log_dir "${LOG_DIR:-$OUTPUT_DIR/tensorboard}" --enable_deepspeed "$@"
 echo "checkpoint: $OUTPUT_DIR/checkpoint-best"

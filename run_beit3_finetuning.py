@@ -393,6 +393,7 @@ def build_backend(args: argparse.Namespace, model: BEiT3Model, process: utils.Pr
         batch_size=args.batch_size,
         zero_stage=args.zero_stage,
         initial_scale_power=args.initial_scale_power,
+        timeout_seconds=args.timeout,
     )
     groups = parameter_groups(model, args.weight_decay, args.layer_decay, args.task_head_lr_weight)
     optimizer = create_optimizer(

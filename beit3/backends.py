@@ -53,6 +53,7 @@ class BackendSettings:
         batch_size: pairs per micro batch and process.
         zero_stage: DeepSpeed's ZeRO stage, 0-3.
         initial_scale_power: log2 of the first loss scale (fp16).
+        timeout_seconds: how long a process waits for another.
     """
 
     precision: str = "fp32"
@@ -61,6 +62,7 @@ class BackendSettings:
     batch_size: int = 1
     zero_stage: int = 1
     initial_scale_power: int = 16
+    timeout_seconds: float = 1800
 
 
 class StepOutcome(NamedTuple):

@@ -16,6 +16,7 @@ import os
 import platform
 import re
 import shutil
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,8 @@ def damage(path: Path) -> str | None:
             _check_folder(path)
         else:
             check_file(path)
+            if not zipfile.is_zipfile(path):
+                return f"{path}: damaged, or no checkpoint of this toolkit"
     except InputError as error:
         return str(error)
     return None

@@ -11,6 +11,7 @@ import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,7 @@ class DeepSpeedBackend:
             self.engine, self.optimizer, _, _ = deepspeed.initialize(
                 model=model, optimizer=optimizer, config=self.config, dist_init_required=False
             )
+        _limit_waiting(timedelta(seconds=settings.timeout_seconds))
         self.engine.checkpoint_engine.load = _safe_load
         if settings.zero_stage == 0 and settings.precision == "fp32":
             optimizer.register_step_pre_hook(self._drop_broken_gradients)
@@ -193,6 +195,18 @@ def _its_prints_in_our_log() -> Iterator[None]:
     finally:
         for line in filter(None, printed.getvalue().splitlines()):
             logger.debug("%s", line)
+
+
+def _limit_waiting(timeout: timedelta) -> None:
+    """The groups that DeepSpeed makes would wait for a lost process for half an hour, whatever the default group does.
+
+    Older releases of torch have the setter under a private name only; where neither is there, DeepSpeed's limit stays.
+    """
+    module = dist.distributed_c10d
+    set_timeout = getattr(module, "set_timeout", None) or getattr(module, "_set_pg_timeout", None)
+    if set_timeout is not None:
+        for group in list(module._world.pg_map):
+            set_timeout(timeout, group)
 
 
 def _build_cpu_op_once() -> None:

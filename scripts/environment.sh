@@ -69,3 +69,20 @@ choose_task_and_launcher() {
             --master_addr "${MASTER_ADDR:?set MASTER_ADDR, the first machine}" --master_port "${MASTER_PORT:-29500}")
     fi
 }
+
+# Runs a command and hands on a SIGTERM that this script gets, so that the training can write its checkpoint first. (Ctrl-C
+# reaches all processes of a terminal by itself.) After a signal the status is 143 or 130, as that of the training.
+run_handing_on_signals() {
+    local status=0 got=0
+    "$@" &
+    local child=$!
+    trap 'got=143; kill -TERM $child 2> /dev/null' TERM
+    trap 'got=130' INT
+    while true; do
+        wait "$child" && status=0 || status=$?
+        kill -0 "$child" 2> /dev/null || break
+    done
+    trap - TERM INT
+    [ "$got" = 0 ] || return "$got"
+    return "$status"
+}

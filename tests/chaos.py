@@ -73,9 +73,8 @@ def watch(rank: int, out: str, report: str, kill_at: tuple[str, int] | None, vic
             os.kill(os.getpid(), signal.SIGKILL)
 
     def audit(event: str, arguments: tuple) -> None:
-        if event in ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir") and arguments:
-            if str(arguments[0]).startswith(out):
-                happened("file")
+        if event in ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir") and str(arguments[0]).startswith(out):
+            happened("file")
 
     sys.addaudithook(audit)
     import engine_for_finetuning as engine

@@ -6,7 +6,9 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/environment.sh
-use_environment requirements-dev.txt $RUNTIME_MODULES pytest hypothesis ruff mypy
+use_environment requirements-dev.txt $RUNTIME_MODULES pytest xdist hypothesis ruff mypy
 "$PYTHON" -m ruff check --quiet .
 "$PYTHON" -m ruff format --quiet --check .
-"$PYTHON" -m pytest -q "$@"
+# Each file of tests in one process, as many at once as there are cores, four at most; so none needs threads of its own.
+cores=$(nproc)
+OMP_NUM_THREADS=1 "$PYTHON" -m pytest -q -n $((cores < 4 ? cores : 4)) --dist loadfile "$@"

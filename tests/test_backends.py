@@ -1,5 +1,6 @@
 """Plain PyTorch and DeepSpeed take the same steps; state goes out and comes back."""
 
+import itertools
 import math
 
 import numpy as np
@@ -12,12 +13,13 @@ from beit3.backends import BackendSettings, PlainBackend, choose_precision
 from beit3.deepspeed_backend import DeepSpeedBackend, engine_config
 from beit3.ema import ModelEma, applied_to
 from beit3.losses import soft_answer_loss
+from engine_for_finetuning import _spread_nan
 from optim_factory import create_optimizer, parameter_groups, set_learning_rate
 from tests import reference
 from tests.workers import run_processes
 
 BACKENDS = {"plain": PlainBackend, "deepspeed": DeepSpeedBackend}
-STEPS, GLOBAL_BATCH = 6, 8
+STEPS, GLOBAL_BATCH = 10, 8
 
 
 def make(kind, **settings):
@@ -67,27 +69,143 @@ def one_process_plain():
     return run_processes(train_in_process, 1, "plain", {"batch_size": 8, "clip_grad": 2.0})[0]
 
 
+LAYOUTS = [(1, 1), (1, 2), (2, 1), (2, 2)]  # processes, micro batches per step
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("kind", "processes", "options"),
-    [
-        ("plain", 1, {"batch_size": 4, "update_freq": 2}),
-        ("plain", 2, {"batch_size": 2, "update_freq": 2}),
-        ("deepspeed", 1, {"batch_size": 8, "zero_stage": 0}),
-        ("deepspeed", 1, {"batch_size": 4, "update_freq": 2, "zero_stage": 1}),
-        ("deepspeed", 2, {"batch_size": 2, "update_freq": 2, "zero_stage": 1}),
-        ("deepspeed", 2, {"batch_size": 4, "zero_stage": 2}),
-        ("deepspeed", 2, {"batch_size": 4, "zero_stage": 3}),
-    ],
-)
-def test_every_backend_takes_the_steps_of_one_plain_process(one_process_plain, kind, processes, options):
+@pytest.mark.parametrize(("processes", "update_freq"), LAYOUTS)
+@pytest.mark.parametrize("stage", [None, 0, 1, 2, 3])
+def test_every_backend_takes_the_steps_of_one_plain_process(one_process_plain, stage, processes, update_freq):
     expected, norms = one_process_plain
-    for got, got_norms in run_processes(train_in_process, processes, kind, {**options, "clip_grad": 2.0}):
+    kind = "plain" if stage is None else "deepspeed"
+    options = {"batch_size": GLOBAL_BATCH // processes // update_freq, "update_freq": update_freq, "clip_grad": 2.0}
+    for got, got_norms in run_processes(train_in_process, processes, kind, {**options, "zero_stage": stage or 0}):
         assert got.keys() == expected.keys()
         for name, value in expected.items():
             np.testing.assert_allclose(got[name], value, atol=1e-5, err_msg=name)
         known = [(a, b) for a, b in zip(got_norms, norms, strict=True) if not math.isnan(a)]
         assert all(a == pytest.approx(b, rel=1e-4) for a, b in known)
+        assert known or stage == 0
+
+
+def train_captioning(process, kind, options):
+    """Steps of the captioning model: a text row per picture, loss on the masked tokens."""
+    torch.manual_seed(0)
+    model = timm.create_model("beit3_tiny_patch16_64_captioning", vocab_size=60)
+    reference.fill(model)
+    optimizer = create_optimizer(parameter_groups(model, weight_decay=0.05), lr=1e-3, eps=1e-6)
+    backend = BACKENDS[kind](model, optimizer, BackendSettings(**options))
+    backend.model.train()
+    for step in range(3):
+        images = reference.images(100 + step, GLOBAL_BATCH, 64)
+        ids, padding = reference.tokens(200 + step, [8] * GLOBAL_BATCH, vocab_size=60, width=8)
+        masked = torch.zeros_like(ids, dtype=torch.bool)
+        masked[:, 1::2] = True
+        start = process.rank * options["batch_size"]
+        rows = slice(start, start + options["batch_size"])
+        with backend.micro_step(last=True):
+            with backend.autocast():
+                logits = backend.model(
+                    images[rows].to(backend.input_dtype),
+                    ids[rows],
+                    padding[rows].bool(),
+                    language_masked_pos=masked[rows],
+                )
+                loss = torch.nn.functional.cross_entropy(logits.float(), ids[rows][masked[rows]])
+            backend.backward(loss)
+        backend.step()
+    return weights(backend)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_captioning_takes_the_steps_of_plain_pytorch_at_every_stage(stage):
+    (expected,) = run_processes(train_captioning, 1, "plain", {"batch_size": 8})
+    for got in run_processes(train_captioning, 2, "deepspeed", {"batch_size": 4, "zero_stage": stage}):
+        for name, value in expected.items():
+            np.testing.assert_allclose(got[name], value, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_bf16_stays_near_fp32_at_every_stage(one_process_plain, stage):
+    expected, _ = one_process_plain
+    options = {"batch_size": 4, "precision": "bf16", "clip_grad": 2.0, "zero_stage": stage}
+    start = weights(make("plain"))
+    moved = np.mean([np.abs(value - start[name]).mean() for name, value in expected.items()])
+    for got, _ in run_processes(train_in_process, 2, "deepspeed", options):
+        away = np.mean([np.abs(got[name] - value).mean() for name, value in expected.items()])
+        assert away < 0.5 * moved  # a run that went anywhere else would be at 1 or more
+
+
+def break_a_step(process, kind, options, everywhere):
+    """Step 1 of 3 has a NaN loss, on process 1 alone or everywhere: weights around it, and what was told."""
+    backend = make(kind, **options)
+    told, history = [], [weights(backend)]
+    step = backend.step
+    backward = backend.backward
+    number = 0
+
+    def counted():
+        nonlocal number
+        outcome = step()
+        told.append(float(outcome.skipped))
+        history.append(weights(backend))
+        number += 1
+        return outcome._replace(skipped=torch.zeros(()))
+
+    def broken(loss):
+        hit = number == 1 and (everywhere or process.rank == process.world_size - 1)
+        backward(loss * math.nan if hit else loss)
+
+    backend.step, backend.backward = counted, broken
+    take_steps(backend, process.rank, process.world_size, last=3)
+    same = [all(np.array_equal(a[name], b[name]) for name in a) for a, b in itertools.pairwise(history)]
+    finite = all(np.isfinite(value).all() for value in history[-1].values())
+    return told, same, finite
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "stage", "precision"),
+    [
+        ("plain", 0, "fp32"), ("plain", 0, "bf16"), *[("deepspeed", stage, "fp32") for stage in range(4)],
+        *[("deepspeed", stage, "bf16") for stage in range(4)],
+    ],
+)  # fmt: skip
+def test_a_gradient_broken_on_one_process_skips_the_step_on_all(kind, stage, precision):
+    options = {"batch_size": 4, "zero_stage": stage, "precision": precision}
+    for told, same, finite in run_processes(break_a_step, 2, kind, options, False):
+        assert told == [0, 1, 0]
+        assert same == [False, True, False]
+        assert finite
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_a_broken_step_is_skipped_whatever_the_optimizer(name):
+    torch.manual_seed(0)
+    model = timm.create_model("beit3_tiny_patch16_64_vqav2", vocab_size=60, num_classes=5)
+    optimizer = create_optimizer(parameter_groups(model, weight_decay=0.05), name, lr=1e-3)
+    backend = PlainBackend(model, optimizer, BackendSettings(batch_size=8))
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    parameter.grad[0] = math.inf
+    before = weights(backend)
+    assert float(backend.step().skipped) == 1
+    assert all(np.array_equal(before[name], value) for name, value in weights(backend).items())
+
+
+def test_an_infinite_loss_with_a_finite_gradient_is_broken_too():
+    x = torch.tensor([1.0], requires_grad=True)
+    loss = (x * torch.tensor([1.0])).sum() + torch.inf
+    loss.backward()
+    assert x.grad == 1  # or there is nothing to show
+    x.grad = None
+    _spread_nan((x * torch.tensor([1.0])).sum() + torch.inf).backward()
+    assert torch.isnan(x.grad)
+    x.grad = None
+    _spread_nan((3 * x).sum()).backward()
+    assert x.grad == 3
 
 
 def test_clipping_scales_the_gradient_to_the_limit(one_process_plain):

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -87,3 +88,28 @@ def test_the_two_commands_of_the_demo_end_with_a_submission(project, task, id_ke
     assert result.returncode == 0, result.stderr
     written = json.loads((project / "your_prediction" / f"submit_{task}_test.json").read_text())
     assert sorted(entry[id_key] for entry in written) == sorted(ids(project / "demo_data"))
+
+
+def start_and_stop(project, out, sign):
+    """`bash bash.sh` until it says `sign`, then SIGTERM; its status and what it said."""
+    command = ["bash", "bash.sh", "--epochs", "1", "--warmup_epochs", "0.1", "--batch_size", "256"]
+    environment = {**os.environ, "PYTHON": sys.executable, "OUTPUT_DIR": str(out)}
+    with (project / "said.txt").open("w+") as said:
+        training = subprocess.Popen(command, cwd=project, env=environment, stdout=said, stderr=said)
+        deadline = time.monotonic() + 200
+        while sign not in (text := (project / "said.txt").read_text()):
+            assert training.poll() is None and time.monotonic() < deadline, text
+            time.sleep(0.1)
+        training.terminate()
+        status = training.wait(timeout=100)
+    return status, (project / "said.txt").read_text()
+
+
+@pytest.mark.slow
+def test_a_training_that_is_told_to_stop_goes_on_with_the_same_command(project):
+    out = project / "stopped"
+    status, said = start_and_stop(project, out, "steps of 256 pairs")
+    assert status == 143, said
+    assert list(out.glob("checkpoint-0-*"))
+    status, said = start_and_stop(project, out, "going on with epoch 0, step")
+    assert status == 143, said

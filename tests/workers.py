@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from queue import Empty
 from typing import Any
 
 _context = multiprocessing.get_context("forkserver")
@@ -56,7 +57,14 @@ def run_processes(function: Callable[..., Any], count: int, *arguments: Any, tim
     for each in processes:
         each.start()
     try:
-        results = dict(queue.get(timeout=timeout) for _ in processes)
+        results: dict[int, Any] = {}
+        deadline = time.monotonic() + timeout
+        while len(results) < count:
+            try:
+                results.update([queue.get(timeout=0.5)])
+            except Empty:
+                statuses = [each.exitcode for each in processes]
+                assert not any(statuses) and time.monotonic() < deadline, f"processes ended with {statuses}"
         for each in processes:
             each.join(timeout=60)
             assert each.exitcode == 0, f"a process ended with {each.exitcode}"
