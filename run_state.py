@@ -121,6 +121,11 @@ def _why_not(keeping: Keeping, path: Path) -> list[str]:
     if made["versions"] != now["versions"]:
         logger.warning("%s: made with %s, this is %s; last digits may differ", path, made["versions"], now["versions"])
     problems = []
+    if path.is_dir() == bool(keeping.suffix):
+        with_deepspeed, without = "with --enable_deepspeed", "without --enable_deepspeed"
+        made_so, now_so = (without, with_deepspeed) if path.is_file() else (with_deepspeed, without)
+        problems.append(f"{path}: made {made_so}, this run is {now_so}; give it to --finetune, or start as it was made")
+        return problems
     if made["world_size"] != now["world_size"] and not keeping.any_world_size:
         problems.append(
             f"{path}: made by {made['world_size']} processes, now there are {now['world_size']}; ZeRO keeps a part of "

@@ -24,13 +24,13 @@ from typing import Any
 import torch
 
 from beit3.errors import CheckpointError, InputError
-from beit3.files import atomic_write, sync
+from beit3.files import UNFINISHED, atomic_write, sync
 from beit3.weights import check_file, load_untrusted
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
-ASIDE = re.compile(r"\.checkpoint-.*\.tmp")  # what a killed save leaves
+ASIDE = re.compile(r"\.checkpoint-.*\.tmp")  # folders that are being written, or were when killed
 
 Position = tuple[int, int]  # epoch, and optimizer steps done in it
 
@@ -153,9 +153,9 @@ def discard(path: Path) -> None:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """What saves that were killed have left."""
-    for path in folder.glob(".checkpoint-*"):
-        if ASIDE.fullmatch(path.name):
+    """What was being written when a run was killed."""
+    for path in [*folder.glob(".*.tmp"), *folder.glob("checkpoint-*/.*.tmp")]:
+        if ASIDE.fullmatch(path.name) or UNFINISHED.fullmatch(path.name):
             logger.info("%s: removed, a save that was not finished", path)
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
+
+UNFINISHED = re.compile(r"\..+\.\d+-[0-9a-f]{8}\.tmp")  # names of files that are being written, or were when killed
 
 
 @contextlib.contextmanager

@@ -165,7 +165,7 @@ def disturbed(
             assert ended.statuses == [0] * PROCESSES, ended.output
     ended = Run(command(data, out, deepspeed), PROCESSES).wait()
     assert ended.statuses == [0] * PROCESSES, ended.output
-    left_over = [path.name for path in out.iterdir() if path.name.startswith(".checkpoint-")]
+    left_over = [path.name for path in out.rglob(".*")]
     assert not left_over, left_over
     return last_state(out), happened, in_saves
 

@@ -143,13 +143,26 @@ def test_another_number_of_processes_is_refused_where_each_keeps_a_part(tmp_path
     assert find_resumable(keeping(tmp_path, kind, fingerprint=now, any_world_size=True), ALONE) == path
 
 
+def test_a_checkpoint_of_the_other_backend_is_refused(tmp_path):
+    file, folder = plain(tmp_path, "checkpoint-0"), deepspeed(tmp_path, "checkpoint-0")
+    with pytest.raises(InputError, match="made without --enable_deepspeed, this run is with"):
+        find_resumable(keeping(tmp_path, "", resume=file, force=True), ALONE)
+    with pytest.raises(InputError, match="made with --enable_deepspeed, this run is without"):
+        find_resumable(keeping(tmp_path, ".pth", resume=folder, force=True), ALONE)
+
+
 def test_what_killed_saves_left_is_removed(tmp_path, kind):
     kept = WRITERS[kind](tmp_path, "checkpoint-0")
     (tmp_path / ".checkpoint-1.tmp" / "state").mkdir(parents=True)
-    (tmp_path / ".checkpoint-1.pth.123-abc.tmp").write_bytes(b"half")
+    (tmp_path / ".checkpoint-1.pth.123-01ab23cd.tmp").write_bytes(b"half")
+    (tmp_path / ".log.txt.77-0123abcd.tmp").touch()
+    (tmp_path / "checkpoint-best").mkdir()
+    (tmp_path / "checkpoint-best" / ".model.safetensors.77-0123abcd.tmp").touch()
     (tmp_path / ".hidden").touch()
+    (tmp_path / ".hidden.tmp").touch()
     find_resumable(keeping(tmp_path, kind), ALONE)
-    assert {path.name for path in tmp_path.iterdir()} == {kept.name, ".hidden"}
+    assert {path.name for path in tmp_path.iterdir()} == {kept.name, ".hidden", ".hidden.tmp", "checkpoint-best"}
+    assert not list((tmp_path / "checkpoint-best").iterdir())
 
 
 def test_the_newest_are_kept_and_the_one_resumed_from_and_the_best(tmp_path, kind):

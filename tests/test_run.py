@@ -2,6 +2,7 @@
 something is wrong. On the made-up COCO of data/mini_coco with the tiny model, unless a test is about the real one."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import run_beit3_finetuning as run
 from beit3.weights import read_checkpoint, write_weights
 from datasets import VQAv2Dataset
 from tests import reference
+from tests.workers import Run
 
 ROOT = Path(__file__).parent.parent
 
@@ -134,12 +136,22 @@ def test_a_finished_run_trains_no_further(trained, coco):
     assert (trained / "log.txt").read_text() == before
 
 
+def many_cores(rank):
+    os.sched_getaffinity = lambda process: range(8)  # no more workers than cores are started
+
+
 @pytest.mark.slow
-def test_workers_change_nothing(trained, coco, tmp_path):
-    assert start(tiny_flags(coco, tmp_path, num_workers=2)).returncode == 0
-    weights = (torch.load(f / "checkpoint-1.pth", weights_only=True)["model"] for f in (tmp_path, trained))
-    first, second = weights
-    assert all(torch.equal(first[name], second[name]) for name in first)
+@pytest.mark.parametrize("workers", [0, 2, 4])
+def test_one_seed_gives_one_result_whatever_the_workers(trained, coco, tmp_path, workers):
+    ended = Run(tiny_flags(coco, tmp_path, num_workers=workers), 1, many_cores).wait()
+    assert ended.statuses == [0], ended.output
+    first, second = (torch.load(f / "checkpoint-1.pth", weights_only=True) for f in (tmp_path, trained))
+    assert first["model"].keys() == second["model"].keys()
+    assert all(torch.equal(first["model"][name], second["model"][name]) for name in first["model"])
+    first, second = (
+        [{k: v for k, v in e.items() if "per_second" not in k} for e in log_of(f)] for f in (tmp_path, trained)
+    )
+    assert first == second
 
 
 @pytest.mark.slow
