@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import models
+from benchmarks import models, pictures, questions
 from benchmarks.table import HEADER, Row, Settings, read_sections, run_row, write_sections
 
 GPU, NO_GPU = "gpu", "not measured: no GPU on this machine"
@@ -28,6 +28,9 @@ GROUPS: dict[str, Callable[[Settings], list[Row]]] = {
     "train": models.train_rows,
     "captions_per_image": models.captions_together_rows,
     "generation": models.generation_rows,
+    "loader": pictures.loader_rows,
+    "index": questions.index_rows,
+    "dataset": questions.dataset_rows,
     GPU: models.loss_rows,
 }
 

@@ -355,7 +355,7 @@ def train_rows(settings: Settings) -> list[Row]:
         )
         for pixels, pictures in sizes.items()
         for task in TASK_NAMES
-        for dtype in DTYPES
+        for dtype in (("fp32",) if settings.quick else DTYPES)
     ]
 
 

@@ -21,6 +21,7 @@ import torchvision.transforms.functional as TF
 from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor, nn
 
+from beit3.answers import MIN_ANSWER_COUNT, normalize_word, vote_score
 from beit3.augmentation import (
     ENHANCE_FACTOR,
     FILL,
@@ -34,6 +35,7 @@ from beit3.augmentation import (
     crop_box,
 )
 from beit3.encoder import FIRST_POSITION, EncoderConfig
+from beit3.vqa_index import SPLITS, Split
 from modeling_finetune import VQA_ANSWERS, Pooler
 
 PACKAGES = Path(__file__).parent / ".peers"
@@ -289,20 +291,59 @@ def _affine(image: Image.Image, matrix: tuple[float, ...]) -> Image.Image:
 # Questions
 
 
-def plain_index(question_files: Sequence[Path], tokenizer: Any, target: Path) -> int:
-    """Questions → index lines: whole files in memory, one question after the other; returns how many there were.
+def plain_index(folder: Path, tokenizer: Any, target: Path) -> int:
+    """The index of VQAv2: whole files in memory, one question after the other; returns how many questions there were.
 
-    Only the text is done; answers and pictures, which the toolkit's index has too, cost nothing here.
+    folder: holds the official files and the pictures. target: a folder for `train.jsonl`, `val.jsonl` and so on; what
+    is in them is what `VQAv2Dataset.make_dataset_index` writes, rest_val and trainable_val left out.
     """
-    lines = []
-    for file in question_files:
-        for question in json.loads(file.read_text(encoding="utf-8"))["questions"]:
-            ids = tokenizer.convert_tokens_to_ids(tokenizer.tokenize(question["question"]))
-            lines.append({"text_segment": ids, "qid": question["question_id"]})
-    with target.open("w", encoding="utf-8") as output:
-        for line in lines:
-            output.write(json.dumps(line) + "\n")
-    return len(lines)
+    read = {split: json.loads((folder / split.questions).read_text())["questions"] for split in SPLITS}
+    annotated = {s: json.loads((folder / s.annotations).read_text())["annotations"] for s in SPLITS if s.annotated}
+    counts: dict[str, int] = {}
+    for entries_of_split in annotated.values():
+        for annotation in entries_of_split:
+            answer = normalize_word(annotation["multiple_choice_answer"])
+            counts[answer] = counts.get(answer, 0) + 1
+    label_of = {answer: n for n, answer in enumerate(a for a, count in counts.items() if count >= MIN_ANSWER_COUNT)}
+    target.mkdir(exist_ok=True)
+    for split, questions in read.items():
+        annotation_of = {entry["question_id"]: entry for entry in annotated.get(split, ())}
+        entries = [_plain_entry(folder, split, entry, annotation_of, label_of, tokenizer) for entry in questions]
+        with (target / f"{split.index}.jsonl").open("w", encoding="utf-8") as file:
+            for entry in entries:
+                if entry is not None:
+                    file.write(json.dumps(entry) + "\n")
+    return sum(map(len, read.values()))
+
+
+def _plain_entry(
+    folder: Path,
+    split: Split,
+    question: dict[str, Any],
+    annotation_of: dict[int, dict[str, Any]],
+    label_of: dict[str, int],
+    tokenizer: Any,
+) -> dict[str, Any] | None:
+    """The line of a question, None when it is left out."""
+    path = f"{split.folder}/COCO_{split.folder}_{question['image_id']:012}.jpg"
+    labels: list[int] = []
+    scores: list[float] = []
+    if split.annotated:
+        votes: dict[str, int] = {}
+        for given in annotation_of[question["question_id"]]["answers"]:
+            votes[given["answer"]] = votes.get(given["answer"], 0) + 1
+        labels = [label_of[answer] for answer in votes if answer in label_of]
+        scores = [vote_score(count) for answer, count in votes.items() if answer in label_of]
+    ids = tokenizer.convert_tokens_to_ids(tokenizer.tokenize(question["question"]))
+    if (split.annotated and not labels) or not (folder / path).exists():
+        return None
+    return {
+        "image_path": path,
+        "text_segment": ids,
+        "labels": labels,
+        "scores": scores,
+        "qid": question["question_id"],
+    }
 
 
 def plain_rows(index_files: Sequence[Path]) -> list[dict[str, Any]]:
