@@ -1,8 +1,8 @@
 """Rows of the questions: the index at the size of VQAv2, and the data set in memory.
 
 The official files are made up on the spot: as many questions and pictures as VQAv2 has, questions of the usual length
-in invented words, pictures as empty files (the index asks only whether they are there). The tokenizer is learned from
-the same words, so that a question has about as many tokens as with the released one.
+in invented words, pictures as links to a few real ones. The tokenizer is learned from the same words, so that a
+question has about as many tokens as with the released one.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from beit3.augmentation import EvalTransform
 from beit3.vqa_index import SPLITS, TEST, TEST_DEV, TRAIN, VAL, Split
 from benchmarks import memory
 from benchmarks.peers import plain_index, plain_rows
+from benchmarks.pictures import make_pictures
 from benchmarks.table import Line, Reach, Row, Settings, interleave, rates
 from datasets import VQAv2Dataset
 
@@ -46,10 +47,11 @@ def make_tree(folder: Path, scale: float) -> Path:
         return tree
     rng = random.Random(0)
     words = ["".join(rng.choices(["ba", "ren", "to", "lis", "ku", "mor", "e", "a", "st"], k=3)) for _ in range(4000)]
+    originals = make_pictures(tree / "originals", 8)
     for name, count in PICTURES.items():
-        (tree / name).mkdir(parents=True)
+        (tree / name).mkdir()
         for image_id in range(scaled(count, scale)):
-            os.close(os.open(tree / name / f"COCO_{name}_{image_id:012}.jpg", os.O_CREAT))
+            os.link(originals[image_id % 8], tree / name / f"COCO_{name}_{image_id:012}.jpg")
     for split in SPLITS:
         write_json(tree / split.questions, "questions", make_questions(split, scale, words))
         if split.annotated:
@@ -79,7 +81,7 @@ def make_questions(split: Split, scale: float, words: list[str]) -> Iterator[dic
 def make_annotations(split: Split, scale: float, words: list[str]) -> Iterator[dict[str, Any]]:
     rng = random.Random(split.official)
     for question in make_questions(split, scale, words):
-        answer, other = rng.choices(words[:ANSWERS], k=2)
+        answer, other = rng.choices(words[: max(2, scaled(ANSWERS, scale))], k=2)
         given = [answer] * 7 + [other] * 3
         yield {
             "question_type": "what",
@@ -106,6 +108,14 @@ def write_json(path: Path, key: str, entries: Iterator[dict[str, Any]]) -> None:
 def make_index(tree: Path) -> None:
     with redirect_stdout(io.StringIO()):  # it prints a summary
         VQAv2Dataset.make_dataset_index(tree, tree / TOKENIZER, tree, progress=False)
+
+
+def indexed_tree(folder: Path, scale: float) -> Path:
+    """`make_tree`, with the index made."""
+    tree = make_tree(folder, scale)
+    if not (tree / vqa_index.index_file("train")).exists():
+        make_index(tree)
+    return tree
 
 
 def part_row(scale: float, settings: Settings) -> list[Line]:
@@ -159,9 +169,7 @@ def time_and_memory_of_index(tree: Path) -> tuple[float, float]:
 
 
 def dataset_row(scale: float, settings: Settings) -> list[Line]:
-    tree = make_tree(settings.folder, scale)
-    if not (tree / vqa_index.index_file("train")).exists():
-        make_index(tree)
+    tree = indexed_tree(settings.folder, scale)
     ours, peer = (memory.in_fresh_process(held_per_question, tree, name) for name in ("ours", "peer"))
     if ours[0] != peer[0]:
         raise RuntimeError(f"the two sides read {ours[0]} and {peer[0]} questions")
