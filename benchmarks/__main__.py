@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import models, pictures, questions, runs
+from benchmarks import gpu, models, pictures, questions, runs
 from benchmarks.table import HEADER, Row, Settings, read_sections, run_row, write_sections
 
 GPU, NO_GPU = "gpu", "not measured: no GPU on this machine"
@@ -33,7 +33,7 @@ GROUPS: dict[str, Callable[[Settings], list[Row]]] = {
     "dataset": questions.dataset_rows,
     "first_step": runs.first_step_rows,
     "evaluation": runs.evaluation_rows,
-    GPU: models.loss_rows,
+    GPU: gpu.gpu_rows,
 }
 
 

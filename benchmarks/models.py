@@ -42,15 +42,16 @@ class Batch:
 
     Attributes:
         image: (B, 3, H, H) in [-1, 1].
-        text, padding, masked: (B, T) trimmed; `masked` is 1 where a token is to be predicted.
-        full_text, full_padding, full_masked: the same, (B, full length).
+        text, padding: (B, T) trimmed.
+        masked_index: (masked positions,) which tokens of the flattened text are to be predicted.
+        full_text, full_padding: the same, (B, full length); full_masked: 1 where a token is to be predicted.
         targets: of captioning (masked positions,) token ids, of VQAv2 (B, answers) in [0, 1].
     """
 
     image: Tensor
     text: Tensor
     padding: Tensor
-    masked: Tensor
+    masked_index: Tensor
     full_text: Tensor
     full_padding: Tensor
     full_masked: Tensor
@@ -72,24 +73,27 @@ def make_batch(task: str, batch: int, pixels: int, device: torch.device) -> Batc
         targets[torch.arange(batch), torch.arange(batch) * 7] = 0.9
     fill = (0, FULL_LENGTH[task] - width)
     tensors = (
-        reference.images(2, batch, pixels), text, padding, masked,
+        reference.images(2, batch, pixels), text, padding, masked.flatten().nonzero().squeeze(1),
         F.pad(text, fill, value=PAD_ID), F.pad(padding, fill, value=1), F.pad(masked, fill), targets,
     )  # fmt: skip
     return Batch(*(tensor.to(device) for tensor in tensors))
 
 
-def make_pair(task: str, size: str, pixels: int, device: torch.device) -> tuple[Any, Any]:
-    """The model of this toolkit and its peer, with the same weights."""
-    torch.manual_seed(0)
-    head = HEADS[task]
-    config = EncoderConfig(
+def make_config(task: str, size: str, pixels: int) -> EncoderConfig:
+    return EncoderConfig(
         **SIZES[size],
         image_size=pixels,
         vocab_size=VOCABULARY,
         checkpoint_activations=False,
-        final_norm=head.final_norm,
+        final_norm=HEADS[task].final_norm,
     )
-    ours, peer = head(config), PEERS[task](config)
+
+
+def make_pair(task: str, size: str, pixels: int, device: torch.device) -> tuple[Any, Any]:
+    """The model of this toolkit and its peer, with the same weights."""
+    torch.manual_seed(0)
+    config = make_config(task, size, pixels)
+    ours, peer = HEADS[task](config), PEERS[task](config)
     peer.load_state_dict(ours.state_dict())
     return ours.to(device), peer.to(device)
 
@@ -98,7 +102,12 @@ def our_loss(task: str, model: nn.Module, batch: Batch) -> Tensor:
     if task == "vqav2":
         logits = model(image=batch.image, question=batch.text, padding_mask=batch.padding)
         return soft_answer_loss(logits, batch.targets)
-    logits = model(image=batch.image, text_ids=batch.text, padding_mask=batch.padding, language_masked_pos=batch.masked)
+    return our_caption_loss(model, batch, batch.image)
+
+
+def our_caption_loss(model: nn.Module, batch: Batch, image: Tensor) -> Tensor:
+    """image: (B, 3, H, H), or fewer pictures that the texts share evenly."""
+    logits = model(image=image, text_ids=batch.text, padding_mask=batch.padding, masked_index=batch.masked_index)
     return masked_token_losses(logits, batch.targets, SMOOTHING).mean()
 
 
@@ -229,17 +238,10 @@ def captions_together_row(size: str, pixels: int, together: int, settings: Setti
     batch = make_batch("captioning", together, pixels, device)
     image = batch.image[:1]
 
-    def loss(pictures: Tensor) -> Tensor:
-        logits = model(
-            image=pictures, text_ids=batch.text, padding_mask=batch.padding, language_masked_pos=batch.masked
-        )
-        return masked_token_losses(logits, batch.targets, SMOOTHING).mean()
-
     each_with_its_own = image.expand(together, -1, -1, -1).contiguous()
-    check_close("loss", [loss(image), loss(each_with_its_own)], "fp32")
-    steps = [
-        partial(train_step, model, partial(loss, pictures), "fp32", device) for pictures in (image, each_with_its_own)
-    ]
+    losses = [partial(our_caption_loss, model, batch, pictures) for pictures in (image, each_with_its_own)]
+    check_close("loss", [loss() for loss in losses], "fp32")
+    steps = [partial(train_step, model, loss, "fp32", device) for loss in losses]
     our_times, peer_times = interleave(steps, settings.repeats, device)
     what = f"train step, captioning, {size}, {pixels} px, fp32, {together} captions of a picture together"
     return [Line(what, "captions/s", rates(together, our_times), rates(together, peer_times), Reach("≥", 3))]
