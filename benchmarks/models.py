@@ -258,7 +258,7 @@ def loss_row(rows: int, settings: Settings) -> list[Line]:
     check_close("loss", losses, "fp32")
     check_close("gradient", [torch.autograd.grad(loss.mean(), logits)[0] for loss in losses], "fp32")
     steps = [partial(loss_and_gradient, loss, logits, targets) for loss in LOSSES.values()]
-    our_times, peer_times = interleave([partial(repeat, step, 5) for step in steps], settings.repeats, device)
+    our_times, peer_times = interleave([partial(repeat, step, 5) for step in steps], settings.many_repeats, device)
     what = f"caption loss and its gradient, {rows} × {VOCABULARY}, fp32"
     time = Line(what, "losses/s", rates(5, our_times), rates(5, peer_times), Reach("≥", 10))
     if device.type == "cuda":
@@ -371,5 +371,5 @@ def loss_rows(settings: Settings) -> list[Row]:
 
 
 def generation_rows(settings: Settings) -> list[Row]:
-    pictures, max_tokens = (2, 16) if settings.quick else (4, 16)
-    return [Row("generation", partial(generation_row, "base", 224, pictures, max_tokens, settings))]
+    pictures = 2 if settings.quick else 4
+    return [Row("generation", partial(generation_row, "base", 224, pictures, 16, settings))]

@@ -57,7 +57,7 @@ def loader_row(pixels: int, randaug: bool, pictures: int, settings: Settings) ->
     with one_thread():
         check_pictures(*(load(transform, paths[:BATCH]) for transform in transforms))
         calls = [partial(load, transform, paths) for transform in transforms]
-        our_times, peer_times = interleave(calls, settings.repeats)
+        our_times, peer_times = interleave(calls, settings.many_repeats)
     kilobytes = statistics.mean(Path(path).stat().st_size for path in paths) / 1000
     what = f"loader, {pixels} px, {'with' if randaug else 'without'} RandAugment, JPEGs of {kilobytes:.0f} KB, one core"
     wanted = Reach("≥", 2.0 if randaug else 2.5)

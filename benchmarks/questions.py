@@ -131,7 +131,7 @@ def part_row(scale: float, settings: Settings) -> list[Line]:
         partial(make_index, tree),
         partial(plain_index, tree, tokenizer, tree / "plain"),
     ]
-    our_times, peer_times = interleave(calls, settings.repeats)
+    our_times, peer_times = interleave(calls, settings.many_repeats)
     what = f"VQAv2 index, {count} questions; other side: tokenized one by one, files whole in memory"
     return [Line(what, "questions/s", rates(count, our_times), rates(count, peer_times), Reach("≥", 5))]
 

@@ -37,7 +37,7 @@ def first_step_row(scale: float, pixels: int, settings: Settings) -> list[Line]:
         *("--sentencepiece_model", str(tree / TOKENIZER), "--model", f"beit3_base_patch16_{pixels}"),
         *("--input_size", str(pixels), "--batch_size", "1", "--num_workers", "1"),
     ]
-    times = [seconds(partial(run_to_first_step, command)) for _ in range(3)]
+    times = [seconds(partial(run_to_first_step, command)) for _ in range(settings.repeats)]
     questions = len(open_dataset(tree, "train", pixels))
     what = f"command to first step, VQAv2, base, {pixels} px, batch 1, {questions} training questions"
     return [Line(what, "s", times)]
@@ -132,5 +132,5 @@ def first_step_rows(settings: Settings) -> list[Row]:
 
 
 def evaluation_rows(settings: Settings) -> list[Row]:
-    scale = 0.0001 if settings.quick else 0.0002
+    scale = 0.00005 if settings.quick else 0.0002
     return [Row("evaluation", partial(evaluation_row, scale, 8, settings))]
