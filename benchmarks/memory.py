@@ -38,7 +38,7 @@ def kept_for_backward(forward: Callable[[], Tensor]) -> float:
         if not isinstance(tensor, torch.nn.Parameter):
             storage = tensor.untyped_storage()
             sizes[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # with its history, an output that is kept would hold itself and never be freed
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         loss = forward()  # alive until its storages are counted: so no address is used twice

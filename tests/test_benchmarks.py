@@ -1,6 +1,8 @@
 """The benchmarks' own code: the table, and that the other sides compute what this toolkit does. Nothing is timed."""
 
+import gc
 import json
+import weakref
 from functools import partial
 from pathlib import Path
 
@@ -75,6 +77,22 @@ def test_memory_kept_for_the_backward_pass_counts_each_storage_once_and_no_param
     x = torch.ones(1000, 1000)
     kept = memory.kept_for_backward(lambda: ((x @ weight) + (x @ weight)).sum())
     assert kept == 4.0  # megabytes: x, which both products keep; the weight does not count
+
+
+def test_counting_what_is_kept_frees_it_again():
+    x, seen = torch.ones(10, requires_grad=True), []
+
+    def forward():
+        kept = x.exp()  # its backward pass needs its own output
+        seen.append(weakref.ref(kept.untyped_storage()))
+        return kept.sum()
+
+    gc.disable()
+    try:
+        memory.kept_for_backward(forward)
+        assert seen[0]() is None or seen[0]().nbytes() == 0
+    finally:
+        gc.enable()
 
 
 # The other sides
