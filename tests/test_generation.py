@@ -251,7 +251,7 @@ def test_the_image_is_computed_once_and_its_keys_are_held_once(monkeypatch):
 
 @pytest.mark.slow
 def test_captions_of_a_base_model_are_those_of_the_slow_search(base_model):
-    """`python -m benchmarks.generation` times the two against each other."""
+    """`bash benchmarks/run.sh --only generation` times the search against one like the released code's."""
     with torch.no_grad():
         base_model.mlm_head.bias[EOS] = -50.0
     images = reference.images(9, 2, 224)
