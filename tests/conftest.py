@@ -8,6 +8,8 @@ import torch
 
 
 def pytest_collection_modifyitems(items):
+    # The longest file first, so that no process is left alone with it at the end.
+    items.sort(key=lambda item: item.path.name != "test_scripts.py")
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:

@@ -11,4 +11,4 @@ use_environment requirements-dev.txt $RUNTIME_MODULES pytest xdist hypothesis ru
 "$PYTHON" -m ruff format --quiet --check .
 # Each file of tests in one process, as many at once as there are cores, four at most; so none needs threads of its own.
 cores=$(nproc)
-OMP_NUM_THREADS=1 "$PYTHON" -m pytest -q -n $((cores < 4 ? cores : 4)) --dist loadfile "$@"
+OMP_NUM_THREADS=1 "$PYTHON" -m pytest -q -n $((cores < 4 ? cores : 4)) --dist loadfile --no-loadscope-reorder "$@"
