@@ -650,7 +650,8 @@ def run_with(args: argparse.Namespace) -> int:
     try:
         (predict if args.eval else train)(args, task, process, stop)
     except utils.StopRequested as request:
-        logger.warning("%s; the same command goes on from here", request)
+        kept = "" if args.eval or not (args.output_dir and args.save_ckpt) else "; the same command goes on from here"
+        logger.info("%s%s", request, kept)
         return 128 + request.signum
     finally:
         stop.release()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.distributed
@@ -60,8 +61,47 @@ def masked_token_losses(logits: Tensor, targets: Tensor, smoothing: float) -> Te
     entropy = 0.0
     if smoothing > 0:
         entropy = (1 - smoothing) * math.log(1 - smoothing) + smoothing * math.log(smoothing / (vocab - 1))
-    loss = F.cross_entropy(logits.float(), targets, reduction="none", label_smoothing=smoothing * vocab / (vocab - 1))
-    return loss + entropy
+    return _SmoothedCrossEntropy.apply(logits, targets, smoothing * vocab / (vocab - 1)) + entropy
+
+
+class _SmoothedCrossEntropy(torch.autograd.Function):
+    """F.cross_entropy(logits.float(), targets, reduction="none", label_smoothing=s), in less memory.
+
+    Of the (n, V) values only the probabilities outlive the forward pass; cross_entropy needs three more like them. A
+    few rows at a time are taken, so that what is made of them stays in the cache.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, smoothing: float) -> Tensor:
+        losses = logits.new_empty(logits.shape[0], dtype=torch.float32)
+        probabilities = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
+        for rows in _few_rows(logits):
+            log_p = torch.log_softmax(logits[rows].float(), dim=1)
+            true = log_p.gather(1, targets[rows, None]).squeeze(1)
+            losses[rows] = -(1 - smoothing) * true - smoothing / logits.shape[1] * log_p.sum(dim=1)
+            if probabilities is not None:
+                probabilities[rows] = log_p.exp_()
+        ctx.smoothing = smoothing
+        if probabilities is not None:
+            ctx.save_for_backward(probabilities, targets)
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        probabilities, targets = ctx.saved_tensors
+        result = torch.empty_like(probabilities)
+        grad = grad[:, None].to(result.dtype)
+        for rows in _few_rows(result):
+            part = torch.sub(probabilities[rows], ctx.smoothing / result.shape[1], out=result[rows])
+            part.scatter_add_(1, targets[rows, None], part.new_full((part.shape[0], 1), ctx.smoothing - 1))
+            part.mul_(grad[rows])  # (softmax minus the smoothed target) times what comes from above
+        return result, None, None
+
+
+def _few_rows(values: Tensor) -> list[slice]:
+    """Slices of the rows of (n, V): as many as fill a cache of the CPU, or keep a GPU busy."""
+    step = max(1, (1 << 26 if values.is_cuda else 1 << 18) // values.shape[1])
+    return [slice(start, start + step) for start in range(0, values.shape[0], step)]
 
 
 def drop_worst(losses: Tensor, ratio: float) -> Tensor:

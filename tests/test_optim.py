@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from beit3 import losses
 from beit3.losses import drop_worst, masked_token_losses, soft_answer_loss
 from optim_factory import cosine_schedule, create_optimizer, layer_id, lr_scale, parameter_groups, set_learning_rate
 from tests import reference
@@ -103,21 +104,45 @@ def test_soft_answer_loss_is_the_mean_cross_entropy_times_the_answers():
     assert soft_answer_loss(logits, targets).item() == pytest.approx(expected / 4 * 2, rel=1e-6)
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.4])
-def test_masked_token_loss_is_the_divergence_from_the_smoothed_target(smoothing):
-    torch.manual_seed(0)
-    logits, targets = torch.randn(5, 11), torch.tensor([0, 3, 10, 3, 7])
-    q = torch.full((5, 11), smoothing / 10)
-    q[torch.arange(5), targets] = 1 - smoothing
+def divergence(logits, targets, smoothing):
+    """The definition, term by term."""
+    n, vocab = logits.shape
+    q = torch.full((n, vocab), smoothing / (vocab - 1))
+    q[torch.arange(n), targets] = 1 - smoothing
     terms = torch.where(q > 0, q * (q.clamp_min(1e-30).log() - logits.log_softmax(1)), torch.zeros(()))
-    torch.testing.assert_close(masked_token_losses(logits, targets, smoothing), terms.sum(1), rtol=1e-5, atol=1e-6)
+    return terms.sum(1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.4])
+def test_masked_token_loss_is_the_divergence_from_the_smoothed_target(smoothing, dtype, monkeypatch):
+    torch.manual_seed(0)
+    monkeypatch.setattr(losses, "_few_rows", lambda values: [slice(0, 2), slice(2, 4), slice(4, 6)])
+    logits = torch.randn(5, 11).to(dtype).requires_grad_()
+    exact = logits.detach().float().requires_grad_()
+    targets = torch.tensor([0, 3, 10, 3, 7])
+    weights = torch.tensor([0.5, 0.0, 1.0, 2.0, 1.0])  # dropped positions count nothing
+    got, expected = masked_token_losses(logits, targets, smoothing), divergence(exact, targets, smoothing)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+    (got * weights).sum().backward()
+    (expected * weights).sum().backward()
+    tolerance = 1e-6 if dtype == torch.float32 else 0.02
+    torch.testing.assert_close(logits.grad.float(), exact.grad, rtol=tolerance, atol=tolerance)
+    with torch.no_grad():
+        torch.testing.assert_close(masked_token_losses(logits, targets, smoothing), got, rtol=0, atol=0)
+
+
+def test_all_rows_come_once_a_few_at_a_time():
+    for rows, vocab in ((48, 64010), (3, 1 << 20), (1, 5), (0, 7)):
+        taken = losses._few_rows(torch.empty(rows, vocab, device="meta"))
+        assert [row for part in taken for row in range(rows)[part]] == list(range(rows))
 
 
 def test_the_worst_share_of_losses_is_left_out():
-    losses = torch.tensor([5.0, 1.0, 3.0, 2.0, 4.0])
-    assert drop_worst(losses, 0.2).item() == pytest.approx((1 + 2 + 3 + 4) / 4)
-    assert drop_worst(losses, 0.5).item() == pytest.approx((1 + 2) / 2)
-    assert drop_worst(losses, 0.0).item() == pytest.approx(3.0)
+    values = torch.tensor([5.0, 1.0, 3.0, 2.0, 4.0])
+    assert drop_worst(values, 0.2).item() == pytest.approx((1 + 2 + 3 + 4) / 4)
+    assert drop_worst(values, 0.5).item() == pytest.approx((1 + 2) / 2)
+    assert drop_worst(values, 0.0).item() == pytest.approx(3.0)
 
 
 @pytest.mark.slow
