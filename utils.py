@@ -249,5 +249,14 @@ def set_up_logging(is_main: bool) -> None:
     root.setLevel(logging.WARNING)
     # It reports a machine without a GPU as something amiss.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    for ours in ("beit3", "datasets", "tasks", "engine_for_finetuning", "run_state", "modeling_finetune", "__main__"):
+    for ours in (
+        "beit3",
+        "datasets",
+        "tasks",
+        "engine_for_finetuning",
+        "run_state",
+        "modeling_finetune",
+        "run_beit3_finetuning",
+        "__main__",
+    ):
         logging.getLogger(ours).setLevel(logging.INFO if is_main else logging.WARNING)
