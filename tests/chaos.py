@@ -50,7 +50,7 @@ def command(data: Path, out: Path, deepspeed: bool, **changes: Any) -> list[str]
         "task": "vqav2", "model": "beit3_tiny_patch16_64", "input_size": 64, "vocab_size": 100, "device": "cpu",
         "sentencepiece_model": data / "mini.spm", "data_path": data, "output_dir": out, "batch_size": 16, "epochs": 2,
         "warmup_epochs": 1, "lr": 1e-3, "num_workers": 1, "save_ckpt_freq": 1, "save_ckpt_steps": 2,
-        "keep_checkpoints": 2, "model_ema_decay": 0.9, "clip_grad": 1.0, "timeout": 60,
+        "keep_checkpoints": 2, "model_ema_decay": 0.9, "clip_grad": 1.0, "timeout": 300,
     }  # fmt: skip
     flags.update(changes)
     switches = ["--model_ema", *(["--enable_deepspeed"] if deepspeed else [])]
