@@ -154,6 +154,8 @@ def _run_main(
         sys.excepthook(type(error), error, error.__traceback__)
         status = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1
     finally:
+        for child in multiprocessing.active_children():
+            child.kill()  # as the entry point does when it is a program of its own
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
