@@ -2,6 +2,8 @@ import os
 
 # Threads that wait by spinning take the core away from the loader and from other processes.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Equal to the last bit are runs on equally many threads; those that tests fork have one.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
