@@ -67,17 +67,15 @@ def _duration(seconds: float) -> str:
 
 @dataclass
 class Statistics:
-    """Sums of per-step values over the steps that counted, kept on the device and read rarely."""
+    """Sums of values over steps or micro batches, kept on the device and read rarely."""
 
     sums: dict[str, Tensor] = field(default_factory=dict)
-    counted: Tensor | float = 0.0  # steps
+    counted: Tensor | float = 0.0  # of them, those that count for means
 
     def add(self, values: Mapping[str, Tensor], counts: Tensor | float = 1.0) -> None:
-        """`counts`: () 1.0, or 0.0 for a step that was skipped, whose values may be no numbers."""
+        """`counts`: () 1.0, or 0.0 where the values are zeros because the step was skipped."""
         for name, value in values.items():
             value = value.detach().float()
-            if isinstance(counts, Tensor):
-                value = torch.where(counts > 0, value, 0.0)
             self.sums[name] = self.sums[name] + value if name in self.sums else value
         self.counted = self.counted + counts
 
@@ -129,13 +127,11 @@ class EpochState:
     @classmethod
     def from_states(cls, plain: Sequence[Mapping[str, Any]], rank: int, world_size: int) -> EpochState:
         """The state of process `rank` from those of all that saved; where these were more or fewer, their mean."""
-        if len(plain) == world_size:
-            mine = plain[rank]
-            statistics = {name: Statistics.from_plain([mine[name]]) for name in ("whole", "recent")}
-            return cls(**{**mine, **statistics})
-        statistics = {name: Statistics.from_plain([each[name] for each in plain]) for name in ("whole", "recent")}
-        bad_images = sum(each["bad_images"] for each in plain) if rank == 0 else 0
-        return cls(**{**plain[0], **statistics, "bad_images": bad_images})
+        same = len(plain) == world_size
+        mine = [plain[rank]] if same else plain
+        statistics = {name: Statistics.from_plain([each[name] for each in mine]) for name in ("whole", "recent")}
+        bad_images = sum(each["bad_images"] for each in mine) if same or rank == 0 else 0
+        return cls(**{**mine[0], **statistics, "bad_images": bad_images})
 
 
 def prepare(batch: Mapping[str, Tensor], task: Task, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -218,7 +214,7 @@ def train_one_epoch(run: TrainingRun, epoch: int, state: EpochState) -> float:
 
 @dataclass
 class _Outcome:
-    """Of one optimizer step on this process."""
+    """Of one optimizer step on this process; the values are zeros when it was skipped."""
 
     values: dict[str, Tensor]
     skipped: Tensor
@@ -297,7 +293,10 @@ def _optimizer_step(run: TrainingRun, batches: Iterator[dict[str, Tensor]], step
     means = {name: total / run.update_freq for name, total in values.sums.items()}
     if norm is not None:
         means["grad_norm"] = norm.to(device)
-    return _Outcome(means, skipped.to(device), rows, bad_images)
+    skipped = skipped.to(device)
+    # Of a skipped step they may be no numbers, which a weight of 0 would not take out of a sum.
+    means = {name: torch.where(skipped > 0, 0.0, mean) for name, mean in means.items()}
+    return _Outcome(means, skipped, rows, bad_images)
 
 
 def _spread_nan(loss: Tensor) -> Tensor:

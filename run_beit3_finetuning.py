@@ -362,11 +362,21 @@ def build_model(args: argparse.Namespace, task: Task, checkpoint: Checkpoint | N
     return model
 
 
+def make_loader(
+    args: argparse.Namespace,
+    dataset: ImageTextDataset,
+    sampler: EpochSampler | EvaluationSampler,
+    process: utils.Process,
+) -> DataLoader:
+    return build_loader(
+        dataset, sampler, args.num_workers, args.pin_mem and process.device.type == "cuda", args.timeout
+    )
+
+
 def evaluation_loader(args: argparse.Namespace, dataset: ImageTextDataset, process: utils.Process) -> DataLoader:
     batch_size = args.eval_batch_size or int(1.5 * args.batch_size)
     sampler = EvaluationSampler(len(dataset), batch_size, process.rank, process.world_size)
-    pin_memory = args.pin_mem and process.device.type == "cuda"
-    return build_loader(dataset, sampler, args.num_workers, pin_memory, args.timeout)
+    return make_loader(args, dataset, sampler, process)
 
 
 def check_pictures(args: argparse.Namespace, process: utils.Process, *datasets: ImageTextDataset) -> None:
@@ -446,9 +456,7 @@ def train(args: argparse.Namespace, task: Task, process: utils.Process, stop: ut
         process,
         dataset=train_set,
         sampler=sampler,
-        loader=build_loader(
-            train_set, sampler, args.num_workers, args.pin_mem and process.device.type == "cuda", args.timeout
-        ),
+        loader=make_loader(args, train_set, sampler, process),
         schedule=make_schedule(args, sampler.steps_per_epoch),
         update_freq=args.update_freq,
         seed=args.seed,

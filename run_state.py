@@ -120,12 +120,11 @@ def _why_not(keeping: Keeping, path: Path) -> list[str]:
     made, now = read_fingerprint(path), keeping.fingerprint
     if made["versions"] != now["versions"]:
         logger.warning("%s: made with %s, this is %s; last digits may differ", path, made["versions"], now["versions"])
+    deepspeed_then, deepspeed_now = path.is_dir(), not keeping.suffix
+    if deepspeed_then != deepspeed_now:
+        then, today = (("without", "with")[flag] + " --enable_deepspeed" for flag in (deepspeed_then, deepspeed_now))
+        return [f"{path}: made {then}, this run is {today}; give it to --finetune, or start as it was made"]
     problems = []
-    if path.is_dir() == bool(keeping.suffix):
-        with_deepspeed, without = "with --enable_deepspeed", "without --enable_deepspeed"
-        made_so, now_so = (without, with_deepspeed) if path.is_file() else (with_deepspeed, without)
-        problems.append(f"{path}: made {made_so}, this run is {now_so}; give it to --finetune, or start as it was made")
-        return problems
     if made["world_size"] != now["world_size"] and not keeping.any_world_size:
         problems.append(
             f"{path}: made by {made['world_size']} processes, now there are {now['world_size']}; ZeRO keeps a part of "

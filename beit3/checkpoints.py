@@ -9,7 +9,6 @@ fingerprint: the versions, the number of processes, and what of recipe and data 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import logging
 import os
@@ -24,7 +23,7 @@ from typing import Any
 import torch
 
 from beit3.errors import CheckpointError, InputError
-from beit3.files import UNFINISHED, atomic_write, sync
+from beit3.files import UNFINISHED, atomic_write, sha256_of, sync
 from beit3.weights import check_file, load_untrusted
 
 logger = logging.getLogger(__name__)
@@ -106,7 +105,7 @@ def differences(made: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 def write_manifest(folder: Path, fingerprint: Mapping[str, Any]) -> None:
     """Sizes and hashes of all files of a folder that is being written."""
     files = {
-        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": _file_sha256(path)}
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
@@ -167,24 +166,21 @@ def prune(written: Path, suffix: str, keep: int, spare: Path | None) -> None:
     a run that was given up: they are renamed, so that nobody goes on from them.
     """
     everything = checkpoints_in(written.parent, suffix)
-    older = everything[everything.index(written) + 1 :]
-    for path in everything[: everything.index(written)]:
+    place = everything.index(written)
+    for path in everything[:place]:
         stale = path.with_name(f"{path.name}.stale")
         discard(stale)
         os.replace(path, stale)
         logger.warning("%s: further on than this run; renamed to %s", path, stale.name)
     if keep:
-        for path in older[keep - 1 :]:
+        for path in everything[place + keep :]:
             if spare is None or not spare.exists() or not path.samefile(spare):
                 discard(path)
 
 
-def file_sha256(path: Path) -> str:
-    digest = hashlib.sha256()
+def _file_sha256(path: Path) -> str:
     with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
+        return sha256_of(file)
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
@@ -205,7 +201,7 @@ def _check_folder(folder: Path) -> None:
             problems.append(f"{file}: missing")
         elif file.stat().st_size != wanted["bytes"]:
             problems.append(f"{file}: has {file.stat().st_size} bytes, was written with {wanted['bytes']}")
-        elif file_sha256(file) != wanted["sha256"]:
+        elif _file_sha256(file) != wanted["sha256"]:
             problems.append(f"{file}: altered since it was written")
     if problems:
         raise InputError(problems)

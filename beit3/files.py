@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import re
 import secrets
@@ -56,6 +57,14 @@ def _open_new(path: Path, mode: str) -> IO[Any]:
     if mode == "wb":
         return open(path, "xb")
     return open(path, "x", encoding="utf-8", newline="\n")
+
+
+def sha256_of(file: IO[bytes]) -> str:
+    """SHA-256 in hexadecimal of what is left to read of an open file."""
+    digest = hashlib.sha256()
+    while block := file.read(1 << 22):
+        digest.update(block)
+    return digest.hexdigest()
 
 
 def sync(path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import logging
 import math
@@ -12,7 +11,7 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from beit3.errors import InputError
-from beit3.files import atomic_write
+from beit3.files import atomic_write, sha256_of
 
 logger = logging.getLogger(__name__)
 
@@ -124,7 +123,7 @@ def _check_safetensors(file: Path) -> None:
         length = int.from_bytes(content.read(8), "little")
         header = json.loads(content.read(min(length, 1 << 28)).decode("utf-8"))
         wanted = header.get("__metadata__", {}).get("sha256")
-        if wanted is not None and _sha256_of_rest(content) != wanted:
+        if wanted is not None and sha256_of(content) != wanted:
             raise InputError(f"{file}: damaged, its tensors were altered since they were written")
 
 
@@ -132,16 +131,9 @@ def _seal_safetensors(file: Path) -> None:
     """Put the hash of the tensors where `write_weights` left room for it."""
     with open(file, "r+b") as content:
         header = content.read(int.from_bytes(content.read(8), "little"))
-        digest = _sha256_of_rest(content)
+        digest = sha256_of(content)
         content.seek(8 + header.index(_UNSEALED.encode()))
         content.write(digest.encode())
-
-
-def _sha256_of_rest(content: IO[bytes]) -> str:
-    digest = hashlib.sha256()
-    while block := content.read(1 << 22):
-        digest.update(block)
-    return digest.hexdigest()
 
 
 def find_weights(path: Path) -> Path:
