@@ -14,10 +14,9 @@ import hashlib
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
-from itertools import accumulate, chain
+from itertools import chain
 from typing import Any
 
-import numpy as np
 import sentencepiece
 
 from beit3.errors import InputError
@@ -25,6 +24,8 @@ from beit3.errors import InputError
 BOS_ID, PAD_ID, EOS_ID, UNK_ID = 0, 1, 2, 3
 
 BatchEncoder = Callable[[list[str]], list[list[int]]]
+
+MANY_TEXTS = 1000  # are tokenized by several threads
 
 _SPECIAL = re.compile("(<s>|<pad>|</s>|<unk>|<mask>)")
 _SPACE_MARK = "\u2581"  # how SentencePiece writes a space
@@ -44,6 +45,7 @@ class Tokenizer:
         self.model, self.sha256 = _load_model(self.path)
         self.vocab_size: int = self.model.get_piece_size() + 2  # <pad> and <mask> are not in the file
         self.mask_id: int = self.vocab_size - 1
+        self._id_of_piece = [UNK_ID, *range(2, self.model.get_piece_size() + 1)]
         self._special_ids = {
             "<s>": BOS_ID, "<pad>": PAD_ID, "</s>": EOS_ID, "<unk>": UNK_ID, "<mask>": self.mask_id,
         }  # fmt: skip
@@ -90,15 +92,14 @@ class Tokenizer:
     def _encode_plain(self, texts: list[str]) -> list[list[int]]:
         """Ids of texts, special tokens written in them taken as ordinary characters."""
         try:
-            # One thread: starting more costs more than a batch of short sentences takes.
-            pieces = self.model.encode(texts, out_type=int, num_threads=1)
+            # Starting threads costs more than a few short sentences take.
+            threads = min(4, len(os.sched_getaffinity(0))) if len(texts) >= MANY_TEXTS else 1
+            pieces = self.model.encode(texts, out_type=int, num_threads=threads)
         except (RuntimeError, UnicodeError, TypeError) as error:
             _name_bad_text(texts, error)
             raise
-        ends = list(accumulate(map(len, pieces)))
-        flat = np.fromiter(chain.from_iterable(pieces), dtype=np.int64, count=ends[-1] if ends else 0)
-        ids = np.where(flat == 0, UNK_ID, flat + 1).tolist()
-        return [ids[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+        id_of = self._id_of_piece.__getitem__
+        return [list(map(id_of, row)) for row in pieces]
 
     def _encode_with_specials(self, text: str) -> list[int]:
         parts = _SPECIAL.split(text)  # plain, special, plain, …, plain

@@ -7,6 +7,7 @@ questions tokenized in batches and written at once; only numbers stay in memory.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
@@ -14,6 +15,7 @@ import re
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -31,8 +33,11 @@ from beit3.tokenizer import BatchEncoder, as_batch_encoder
 
 NUM_REST_VAL_IMAGES = 1000  # validation images whose questions are kept for validating; the rest is for training
 BATCH = 4096  # questions tokenized at a time
+STRING = frozenset({str})
 
 Progress = Callable[[int], object]
+Answers = tuple[list[int], list[float]]  # labels and their scores
+Question = tuple[int, int, str, Answers]  # question id, image id, text; no answers where they are not known
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,19 @@ def index_file(name: str) -> str:
     return f"vqa.{name}.jsonl"
 
 
+@contextmanager
+def without_garbage_collection() -> Iterator[None]:
+    """Nothing made here refers to itself, and looking for what does would take a third of the time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@without_garbage_collection()
 def make_vqa_index(
     data_path: str | os.PathLike[str],
     tokenizer: Any,
@@ -185,12 +203,15 @@ class Labels:
         self.scores: list[float] = []
         self.label_ends: list[int] = []
 
-    def add(self, question_id: int, image_id: int, votes: Iterable[tuple[int, int]]) -> None:
-        """Add an annotation; votes: (number of the answer, how many gave it), in order of first appearance."""
+    def add(self, question_id: int, image_id: int, votes: dict[str, int], numbers: dict[str, int]) -> None:
+        """Add an annotation.
+
+        votes: answer → how many gave it, in order of first appearance. numbers: answer → its number, given to new ones.
+        """
         self.row_of[question_id] = len(self.image_ids)
         self.image_ids.append(image_id)
-        for answer, count in votes:
-            self.answers.append(answer)
+        for answer, count in votes.items():
+            self.answers.append(numbers.setdefault(answer, len(numbers)))
             self.votes.append(count)
         self.ends.append(len(self.answers))
 
@@ -203,7 +224,7 @@ class Labels:
         self.scores = scores[np.minimum(np.asarray(self.votes)[kept], 10)].tolist()
         self.label_ends = np.concatenate([[0], np.cumsum(kept)])[np.asarray(self.ends)].tolist()
 
-    def of(self, row: int) -> tuple[list[int], list[float]]:
+    def of(self, row: int) -> Answers:
         start, end = self.label_ends[row], self.label_ends[row + 1]
         return self.labels[start:end], self.scores[start:end]
 
@@ -237,9 +258,11 @@ def _read_annotations(
     for position, entry in enumerate(findings.stream(path, "annotations", progress)):
         try:
             question_id, image_id = entry["question_id"], entry.get("image_id", -1)
-            votes = Counter([given["answer"] for given in entry["answers"]])
+            votes: dict[str, int] = {}
+            for given in entry["answers"]:
+                votes[given["answer"]] = votes.get(given["answer"], 0) + 1
             most_common = entry["multiple_choice_answer"]
-            typed = type(question_id) is type(image_id) is int and {str}.issuperset(map(type, [most_common, *votes]))
+            typed = type(question_id) is type(image_id) is int and STRING.issuperset(map(type, (most_common, *votes)))
         except (KeyError, TypeError, AttributeError):
             typed = False
         if not typed:
@@ -248,8 +271,7 @@ def _read_annotations(
             findings.note(f"{path}: annotated more than once; question_id", question_id)
         else:
             multiple_choice[most_common] += 1
-            numbered = [(numbers.setdefault(answer, len(numbers)), count) for answer, count in votes.items()]
-            labels.add(question_id, image_id, numbered)
+            labels.add(question_id, image_id, votes, numbers)
     return labels
 
 
@@ -269,7 +291,7 @@ class SplitBuilder:
         self.questions_path, self.annotations_path = official / split.questions, official / split.annotations
         self.pictures = pictures
         self.num_lines = 0
-        self.images: set[int] = set()
+        self.paths: dict[int, str] = {}  # of the pictures that have questions, as JSON
         self.without_picture = 0
         self.missing_pictures: set[int] = set()
         self.without_label = 0
@@ -278,14 +300,15 @@ class SplitBuilder:
         """Yield (image id, line of the index) in the order of the question file."""
         kept = self._kept(self._questions(progress))
         while batch := list(islice(kept, BATCH)):
-            for (question_id, image_id, _, row), ids in zip(batch, self._tokenize(batch), strict=True):
+            for (question_id, image_id, _, answers), ids in zip(batch, self._tokenize(batch), strict=True):
                 if not ids:
                     self.findings.note(f"{self.questions_path}: empty question text; question_id", question_id)
                     continue
-                labels, scores = ([], []) if self.labels is None else self.labels.of(row)
                 self.num_lines += 1
-                self.images.add(image_id)
-                path = json.dumps(self.pictures[image_id])
+                path = self.paths.get(image_id)
+                if path is None:
+                    path = self.paths[image_id] = json.dumps(self.pictures[image_id])
+                labels, scores = answers
                 # Lists of numbers print as JSON writes them, and faster.
                 yield (
                     image_id,
@@ -296,7 +319,7 @@ class SplitBuilder:
             what = f"{self.questions_path}: no question left ({self.without_label} without an answer in the vocabulary)"
             self.findings.note(f"{what}; questions without picture in {self.split.folder}/", self.without_picture)
 
-    def _tokenize(self, batch: list[tuple[int, int, str, int]]) -> list[list[int]]:
+    def _tokenize(self, batch: list[Question]) -> list[list[int]]:
         try:
             return self.encode([text for _, _, text, _ in batch])
         except ValueError as error:
@@ -322,10 +345,10 @@ class SplitBuilder:
                 what = f"{self.annotations_path}: annotations of questions that {self.split.questions} does not have"
                 self.findings.note(f"{what}; question_id", question_id)
 
-    def _kept(self, questions: Iterable[tuple[int, int, str]]) -> Iterator[tuple[int, int, str, int]]:
-        """Yield (question id, image id, text, row of its labels) of the questions that have a picture and a label."""
+    def _kept(self, questions: Iterable[tuple[int, int, str]]) -> Iterator[Question]:
+        """Yield the questions that have a picture and a label."""
+        answers: Answers = ([], [])
         for question_id, image_id, text in questions:
-            row = -1
             if self.labels is not None:
                 row = self.labels.row_of.get(question_id, -1)
                 if row < 0:
@@ -335,13 +358,14 @@ class SplitBuilder:
                 if self.labels.image_ids[row] not in (-1, image_id):
                     what = f"{self.annotations_path}: another image_id than in {self.split.questions}"
                     self.findings.note(f"{what}; question_id", question_id)
+                answers = self.labels.of(row)
             if image_id not in self.pictures:
                 self.without_picture += 1
                 self.missing_pictures.add(image_id)
-            elif self.labels is not None and not self.labels.of(row)[0]:
+            elif self.labels is not None and not answers[0]:
                 self.without_label += 1
             else:
-                yield question_id, image_id, text, row
+                yield question_id, image_id, text, answers
 
 
 def _missing_inputs(data: Path, official: Path) -> list[str]:
@@ -366,13 +390,13 @@ def _print_summary(
 ) -> None:
     print(f"VQAv2 index written to {data}: {num_answers} answers in {ANSWER_FILE}")
     for builder in builders:
-        parts = [f"{builder.num_lines} questions of {len(builder.images)} images"]
+        parts = [f"{builder.num_lines} questions of {len(builder.paths)} images"]
         if builder.without_picture:
             parts.append(f"{builder.without_picture} left out, {len(builder.missing_pictures)} pictures are missing")
         if builder.without_label:
             parts.append(f"{builder.without_label} left out, no answer of theirs is in the vocabulary")
         print(f"  {index_file(builder.split.index)}: {'; '.join(parts)}")
         if builder.split is VAL:
-            lines, images = builder.num_lines - rest_val_lines, len(builder.images) - rest_val_images
+            lines, images = builder.num_lines - rest_val_lines, len(builder.paths) - rest_val_images
             print(f"    {index_file('rest_val')}: {rest_val_lines} questions of {rest_val_images} images (validation)")
             print(f"    {index_file('trainable_val')}: {lines} questions of {images} images (training, as is train)")
