@@ -27,10 +27,12 @@ import utils
 from beit3.augmentation import CROP_SCALE, INTERPOLATIONS
 from beit3.backends import DTYPES, Backend, BackendSettings, PlainBackend, choose_precision
 from beit3.checkpoints import versions
+from beit3.compilation import compile_layers
 from beit3.ema import ModelEma
 from beit3.errors import BadImageError, CheckpointError, InputError
 from beit3.files import atomic_write
 from beit3.images import screen_images
+from beit3.memory import GIGABYTE, free_memory, training_demand
 from beit3.weights import Checkpoint, load_weights, read_checkpoint
 from datasets import EpochSampler, EvaluationSampler, ImageTextDataset, build_loader
 from engine_for_finetuning import EpochState, TrainingRun, Validation, evaluate, summarize, train_one_epoch, validate
@@ -64,6 +66,12 @@ def _add_model_flags(group: Any) -> None:
     group.add_argument("--input_size", type=int, default=224, help="side of the pictures, pixels; as in --model")
     group.add_argument("--drop_path", type=float, default=0.1, help="stochastic depth of the last layer, 0-1")
     group.add_argument("--checkpoint_activations", action="store_true", help="less memory for about a third more time")
+    group.add_argument(
+        "--compile",
+        action="store_true",
+        help="torch.compile the encoder's layers for training: some minutes at the start, equal within rounding; for "
+        "GPUs, as a CPU gains nothing. Goes on without, and says so, where there is no compiler",
+    )
     group.add_argument("--sentencepiece_model", type=Path, required=True, help="the tokenizer, beit3.spm")
     group.add_argument("--vocab_size", type=int, default=64010, help="rows of the token table")
     group.add_argument("--num_max_bpe_tokens", type=int, default=64, help="longest text, with <s> and </s>")
@@ -261,6 +269,8 @@ def check_arguments(args: argparse.Namespace, task: type[Task]) -> list[str]:
     for flag in ("drop_path", "model_ema_decay", "label_smoothing"):
         if not 0 <= getattr(args, flag) < 1:
             problems.append(f"--{flag} {getattr(args, flag)}: wanted 0 ≤ value < 1")
+    if args.compile and args.enable_deepspeed and args.zero_stage == 3:
+        problems.append("--compile: not with --zero_stage 3, which takes the layers' weights apart; use 0, 1 or 2")
     if not 0 < args.crop_scale[0] <= args.crop_scale[1] <= 1:
         problems.append(f"--crop_scale {args.crop_scale[0]} {args.crop_scale[1]}: wanted 0 < smallest ≤ largest ≤ 1")
     if args.eval_batch_size is not None and args.eval_batch_size < 1:
@@ -395,8 +405,8 @@ def check_pictures(args: argparse.Namespace, process: utils.Process, *datasets: 
         raise InputError(problems)
 
 
-def build_backend(args: argparse.Namespace, model: BEiT3Model, process: utils.Process) -> Backend:
-    settings = BackendSettings(
+def backend_settings(args: argparse.Namespace, process: utils.Process) -> BackendSettings:
+    return BackendSettings(
         precision=choose_precision(args.precision, process.device),
         update_freq=args.update_freq,
         clip_grad=args.clip_grad,
@@ -405,6 +415,9 @@ def build_backend(args: argparse.Namespace, model: BEiT3Model, process: utils.Pr
         initial_scale_power=args.initial_scale_power,
         timeout_seconds=args.timeout,
     )
+
+
+def build_backend(args: argparse.Namespace, model: BEiT3Model, settings: BackendSettings) -> Backend:
     groups = parameter_groups(model, args.weight_decay, args.layer_decay, args.task_head_lr_weight)
     optimizer = create_optimizer(
         groups, args.opt, lr=args.lr, eps=args.opt_eps, betas=tuple(args.opt_betas), momentum=args.momentum
@@ -431,10 +444,15 @@ def train(args: argparse.Namespace, task: Task, process: utils.Process, stop: ut
     )
     keeping = what_is_kept(args, make_fingerprint(args, task, process, train_set, val_set))
     resume_from = find_resumable(keeping, process)
-    model = build_model(args, task, checkpoint).to(process.device)
-    checkpoint = None  # its memory is not needed any more
+    room = free_memory(process.device)
+    model = build_model(args, task, checkpoint)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    backend = build_backend(args, model, process)
+    announce_memory(args, task, model, num_parameters, process, room)
+    model = model.to(process.device)
+    checkpoint = None  # its memory is not needed any more
+    if args.compile:
+        compile_layers(model.beit3, process.device)
+    backend = build_backend(args, model, backend_settings(args, process))
     ema = None
     if args.model_ema:
         ema = ModelEma(backend.full_parameters(), args.model_ema_decay, args.model_ema_force_cpu)
@@ -477,6 +495,37 @@ def train(args: argparse.Namespace, task: Task, process: utils.Process, stop: ut
         keeper.save(progress, state)
         raise
     keeper.finish(progress)
+
+
+def announce_memory(
+    args: argparse.Namespace,
+    task: Task,
+    model: BEiT3Model,
+    num_parameters: int,
+    process: utils.Process,
+    room: float,
+) -> None:
+    """Say what the training will take of `room` bytes, and what to do where that is not enough."""
+    demand = training_demand(
+        model.beit3.config,
+        num_parameters,
+        backend_settings(args, process),
+        device=process.device.type,
+        text_tokens=task.text_tokens(),
+        output_values=task.output_values(),
+        zero=args.enable_deepspeed,
+        world_size=process.world_size,
+        average=args.model_ema and not args.model_ema_force_cpu,
+    )
+    where = f"per process on {process.device.type}"
+    logger.info("memory %s, about %s; %.1f GB are free", where, demand, room / GIGABYTE)
+    if not demand.fits(room):
+        most = demand.most_pictures(room)
+        smaller = f"--batch_size {most} with a larger --update_freq, " if most else ""
+        logger.warning(
+            "that may not fit: %s--checkpoint_activations%s",
+            smaller, "" if args.enable_deepspeed and args.zero_stage >= 2 else " or --enable_deepspeed --zero_stage 2",
+        )  # fmt: skip
 
 
 def make_schedule(args: argparse.Namespace, steps_per_epoch: int) -> list[float]:

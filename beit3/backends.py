@@ -24,6 +24,9 @@ from beit3.weights import load_untrusted
 
 logger = logging.getLogger(__name__)
 
+# Values of gradients that DeepSpeed gathers before it sends them. Its own default, 5e8, takes one to two gigabytes for
+# any model.
+BUCKET = 50_000_000
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 

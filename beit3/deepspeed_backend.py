@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from beit3.backends import DTYPES, BackendSettings, StepOutcome
+from beit3.backends import BUCKET, DTYPES, BackendSettings, StepOutcome
 from beit3.checkpoints import errors_named, replace_folder, write_manifest
 from beit3.ema import applied_to
 from beit3.errors import CheckpointError, InputError
@@ -63,7 +63,12 @@ def engine_config(settings: BackendSettings, world_size: int) -> dict[str, Any]:
         "train_batch_size": settings.batch_size * settings.update_freq * world_size,
         "gradient_clipping": settings.clip_grad or 0.0,
         "steps_per_print": 10**9,
-        "zero_optimization": {"stage": stage, "overlap_comm": False},
+        "zero_optimization": {
+            "stage": stage,
+            "overlap_comm": False,
+            "reduce_bucket_size": BUCKET,
+            "allgather_bucket_size": BUCKET,
+        },
         # Our optimizer is torch.optim.AdamW(fused=True); DeepSpeed's own would compile for minutes.
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,

@@ -10,6 +10,8 @@ works on whole, contiguous tensors, and nothing is split and joined again around
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,8 +65,28 @@ def _linears(width: int) -> Multiway:
     return Multiway(nn.Linear(width, width), nn.Linear(width, width))
 
 
-def _join(parts: list[Tensor], dim: int) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+def recomputes(device: str) -> bool:
+    """Whether norms, and what joins picture and text, are made once more in the backward pass and not kept till then.
+
+    On a CPU they cost little beside matrix products and are a third of what would be kept. On a GPU they take as long
+    as reading and writing them takes, so it does without; `checkpoint_activations` is there.
+    """
+    return device == "cpu"
+
+
+def made_again(function: Callable[..., Any], *inputs: Tensor) -> Any:
+    """`function(*inputs)`; where `recomputes`, what it makes on its way is not kept for the backward pass.
+
+    For a function that does something cheap and then a matrix product: PyTorch stops making things again where it has
+    all that it kept nothing of, and so does not compute the product twice.
+    """
+    if recomputes(inputs[0].device.type) and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+    return function(*inputs)
+
+
+def _join(parts: Sequence[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
 
 
 class Attention(nn.Module):
@@ -115,7 +137,8 @@ class Attention(nn.Module):
 
     def output(self, expert: str, x: Tensor) -> Tensor:
         """(B, N, W) of attended values → (B, N, W) of one modality's output."""
-        return getattr(self.out_proj, expert)(getattr(self.inner_attn_ln, expert)(x))
+        norm, projection = getattr(self.inner_attn_ln, expert), getattr(self.out_proj, expert)
+        return made_again(lambda attended: projection(norm(attended)), x)
 
 
 class FeedForward(nn.Module):
@@ -127,9 +150,11 @@ class FeedForward(nn.Module):
         self.fc2 = nn.Linear(hidden, width)
         self.ffn_layernorm = nn.LayerNorm(hidden, eps=1e-5)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, norm: nn.Module) -> Tensor:
+        """x: (B, N, W), before the layer's `norm`."""
         # gelu evaluates half-precision inputs in fp32 inside the kernel, as the released model did by hand.
-        return self.fc2(self.ffn_layernorm(F.gelu(self.fc1(x))))
+        hidden = F.gelu(made_again(lambda x: self.fc1(norm(x)), x))
+        return made_again(lambda hidden: self.fc2(self.ffn_layernorm(hidden)), hidden)
 
 
 @dataclass(frozen=True)
@@ -150,9 +175,8 @@ class AttentionRule:
 class EncoderLayer(nn.Module):
     """One multiway layer: attention over both modalities, then a feed-forward of each."""
 
-    def __init__(self, config: EncoderConfig, drop_path_rate: float) -> None:
+    def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
-        self.drop_path_rate = drop_path_rate
         self.self_attn = Attention(config.width, config.heads)
         self.self_attn_layer_norm = _layer_norms(config.width)
         self.ffn = Multiway(*(FeedForward(config.width, 4 * config.width) for _ in range(2)))
@@ -163,11 +187,14 @@ class EncoderLayer(nn.Module):
         image: Tensor | None,
         text: Tensor | None,
         rule: AttentionRule,
+        drop_path: Tensor | None = None,
         image_rows: int | None = None,
         text_rows: int | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
         """Args:
             image: (B, P+1, W) or None. text: (B, T, W) or None.
+            drop_path: (2, B, 1, 1) factors of attention and of the feed-forward, 0 or 1/keep for each sample, the same
+                for both modalities; None = nothing is dropped.
             image_rows, text_rows: compute only that many leading positions of a modality (None = all, 0 = none).
                 Their values are those of the whole layer; keys and values always come from all positions.
 
@@ -177,40 +204,38 @@ class EncoderLayer(nn.Module):
         streams = {e: (x, rows) for e, x, rows in (("A", image, image_rows), ("B", text, text_rows)) if x is not None}
         attended = self._attention(streams, rule)
         outputs = {expert: streams[expert][0][:, : values.shape[1]] for expert, values in attended.items()}
-        scale = self._drop_path_scale(next(iter(outputs.values())))
+        of_attention, of_ffn = (None, None) if drop_path is None else drop_path
         for expert, x in outputs.items():
-            outputs[expert] = _add(x, self.self_attn.output(expert, attended[expert]), scale)
-        scale = self._drop_path_scale(next(iter(outputs.values())))
+            outputs[expert] = _add(x, self.self_attn.output(expert, attended[expert]), of_attention)
         for expert, x in outputs.items():
-            branch = getattr(self.ffn, expert)(getattr(self.final_layer_norm, expert)(x))
-            outputs[expert] = _add(x, branch, scale)
+            outputs[expert] = _add(x, getattr(self.ffn, expert)(x, getattr(self.final_layer_norm, expert)), of_ffn)
         return outputs.get("A"), outputs.get("B")
+
+    def _project(self, expert: str, x: Tensor, rows: int | None) -> tuple[Tensor, Tensor, Tensor]:
+        norm = getattr(self.self_attn_layer_norm, expert)
+        return made_again(lambda x: self.self_attn.project(expert, norm(x), rows), x)
 
     def _attention(self, streams: dict[str, tuple[Tensor, int | None]], rule: AttentionRule) -> dict[str, Tensor]:
         """Attended values of each modality that has rows to compute: {expert: (B, rows, W)}."""
-        norm = {expert: getattr(self.self_attn_layer_norm, expert)(x) for expert, (x, _) in streams.items()}
-        projected = {e: self.self_attn.project(e, norm[e], rows) for e, (_, rows) in streams.items()}
+        projected = {e: self._project(e, x, rows) for e, (x, rows) in streams.items()}
         queries = {expert: q for expert, (q, _, _) in projected.items() if q.shape[1] > 0}
-        keys = _join([k for _, k, _ in projected.values()], 1)
-        values = _join([v for _, _, v in projected.values()], 1)
+        keys, values = ([each[part] for each in projected.values()] for part in (1, 2))
         if rule.image_sees_text:
-            joint = self.self_attn.attend(_join(list(queries.values()), 1), keys, values, rule.mask)
-            parts = joint.split([q.shape[1] for q in queries.values()], dim=1)
+            q, k, v = (_join(parts, 1) for parts in ([*queries.values()], keys, values))
+            parts = self.self_attn.attend(q, k, v, rule.mask).split([q.shape[1] for q in queries.values()], dim=1)
             return dict(zip(queries, parts, strict=True))
         attended = {}
         if "A" in queries:
             attended["A"] = self.self_attn.attend(queries["A"], projected["A"][1], projected["A"][2], None)
         if "B" in queries:
-            attended["B"] = self.self_attn.attend(queries["B"], keys, values, rule.mask)
-        return attended
 
-    def _drop_path_scale(self, like: Tensor) -> Tensor | None:
-        """(B, 1, 1) of 0 or 1/keep, one draw per sample for both modalities; None when nothing is dropped."""
-        if not self.training or self.drop_path_rate == 0.0:
-            return None
-        keep = 1.0 - self.drop_path_rate
-        kept = torch.empty(like.shape[0], 1, 1, dtype=torch.float32, device=like.device).bernoulli_(keep)
-        return (kept / keep).to(like.dtype)
+            def of_text(q: Tensor, *keys_and_values: Tensor) -> Tensor:
+                half = len(keys_and_values) // 2
+                k, v = _join(keys_and_values[:half], 1), _join(keys_and_values[half:], 1)
+                return self.self_attn.attend(q, k, v, rule.mask)
+
+            attended["B"] = made_again(of_text, queries["B"], *keys, *values)
+        return attended
 
 
 def _add(x: Tensor, branch: Tensor, scale: Tensor | None) -> Tensor:
@@ -228,10 +253,7 @@ class _Layers(nn.Module):
             nn.Embedding(config.patches + 1 + FIRST_POSITION, config.width),
             nn.Embedding(TEXT_POSITIONS, config.width),
         )
-        deepest = max(config.layers - 1, 1)
-        self.layers = nn.ModuleList(
-            EncoderLayer(config, config.drop_path_rate * depth / deepest) for depth in range(config.layers)
-        )
+        self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.layers))
         if config.final_norm:
             self.layer_norm = _layer_norms(config.width)
 
@@ -269,6 +291,8 @@ class BEiT3(nn.Module):
         self.text_embed = nn.Embedding(config.vocab_size, config.width)
         self.vision_embed = _PatchEmbedding(config.width, config.patch_size)
         self.encoder = _Layers(config)
+        # What runs a layer in training, where somebody has a faster way than calling it (beit3.compilation).
+        self.compiled_layer: Callable[..., Any] | None = None
 
     def embed_image(self, image: Tensor) -> Tensor:
         """(B, 3, H, H) in [-1, 1] → (B, P+1, W)."""
@@ -311,27 +335,59 @@ class BEiT3(nn.Module):
         padding_mask = None if padding_mask is None or text_ids is None else padding_mask.bool()
         x_image = None if image is None else self.embed_image(image)
         x_text = None if text_ids is None else self.embed_text(text_ids, padding_mask)
+        length = 0 if x_text is None else x_text.shape[1]
+        if x_text is not None and self._runs_compiled():
+            x_text, padding_mask = _in_few_lengths(x_text, padding_mask)
         texts = _texts_per_image(x_image, x_text)
         assert texts == 1 or (causal_text and text_rows in (None, 0)), "several texts per picture need causal_text"
-        rule = attention_rule(x_image, x_text, padding_mask, causal_text)
+        rule = attention_rule(x_image, x_text, padding_mask, causal_text, always_mask=self._runs_compiled())
         if x_text is not None and texts > 1:
             x_text = x_text.unflatten(0, (-1, texts)).flatten(1, 2)  # (B, N*T, W): the texts of a picture in one row
+        some = x_text if x_image is None else x_image
+        assert some is not None
+        drop_path = self._draw_drop_path(some)
         *inner, last = self.encoder.layers
-        for layer in inner:
-            x_image, x_text = self._run(layer, x_image, x_text, rule)
-        x_image, x_text = self._run(last, x_image, x_text, rule, image_rows, text_rows)
+        for layer, factors in zip(inner, drop_path, strict=False):
+            x_image, x_text = self._run(layer, x_image, x_text, rule, factors)
+        x_image, x_text = self._run(last, x_image, x_text, rule, drop_path[-1], image_rows, text_rows)
         if self.config.final_norm:
             norm = self.encoder.layer_norm
             x_image = None if x_image is None else norm.A(x_image)
             x_text = None if x_text is None else norm.B(x_text)
         if x_text is not None and texts > 1:
             x_text = x_text.unflatten(1, (texts, -1)).flatten(0, 1)
-        return x_image, x_text
+        return x_image, None if x_text is None else x_text[:, :length]
+
+    def _runs_compiled(self) -> bool:
+        return self.compiled_layer is not None and self.training
 
     def _run(self, layer: nn.Module, *inputs: object) -> tuple[Tensor | None, Tensor | None]:
+        call: Callable[..., Any] = layer
+        if self.compiled_layer is not None and self.training:
+            call = functools.partial(self.compiled_layer, layer)
         if self.config.checkpoint_activations and self.training and torch.is_grad_enabled():
-            return checkpoint(layer, *inputs, use_reentrant=False)
-        return layer(*inputs)
+            return checkpoint(call, *inputs, use_reentrant=False, preserve_rng_state=False)  # a layer draws nothing
+        return call(*inputs)
+
+    def _draw_drop_path(self, like: Tensor) -> list[Tensor | None]:
+        """For each layer, (2, B, 1, 1) factors of its two branches; None when nothing is dropped.
+
+        The rate rises linearly over the layers, from 0 (Huang et al., arXiv 1603.09382).
+        """
+        layers, rate = self.config.layers, self.config.drop_path_rate
+        if not self.training or rate == 0.0:
+            return [None] * layers
+        keep = 1.0 - torch.linspace(0.0, rate, layers, device=like.device)[:, None, None, None, None]
+        kept = torch.rand(layers, 2, like.shape[0], 1, 1, device=like.device) < keep
+        return list((kept / keep).to(like.dtype).unbind())
+
+
+def _in_few_lengths(x: Tensor, padding_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(B, T, W) and its mask (B, T) with padding behind, up to a length of 16, 32, 64 …: each new one is compiled."""
+    if padding_mask is None:
+        padding_mask = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
+    more = max(16, 1 << (x.shape[1] - 1).bit_length()) - x.shape[1]
+    return F.pad(x, (0, 0, 0, more)), F.pad(padding_mask, (0, more), value=True)
 
 
 def _texts_per_image(image: Tensor | None, text: Tensor | None) -> int:
@@ -344,21 +400,31 @@ def _texts_per_image(image: Tensor | None, text: Tensor | None) -> int:
     return texts
 
 
+def _hides_nothing(padding_mask: Tensor) -> bool:
+    """Whether it is known that nothing is padded; asked on a CPU only, where the answer need not be waited for."""
+    return padding_mask.device.type == "cpu" and not bool(padding_mask.any())
+
+
 def attention_rule(
-    image: Tensor | None, text: Tensor | None, padding_mask: Tensor | None, causal_text: bool
+    image: Tensor | None,
+    text: Tensor | None,
+    padding_mask: Tensor | None,
+    causal_text: bool,
+    always_mask: bool = False,
 ) -> AttentionRule:
     """The rule for one batch, built once and used by every layer.
 
     Args:
         image: (B, P+1, W) or None. text: (B, T, W) or None; (B*N, T, W) for N texts of each picture, whose mask is
             (B, 1, N*T, P+1+N*T). padding_mask: of the shape of the texts, bool, True = padding, or None.
+        always_mask: do not look whether there is anything to hide.
     """
     if text is None:
         return AttentionRule()
     batch, length = text.shape[:2]
     image_keys = 0 if image is None else image.shape[1]
-    if padding_mask is not None and padding_mask.device.type == "cpu" and not bool(padding_mask.any()):
-        padding_mask = None  # nothing to hide: attention without a mask is faster; free to ask on a CPU only
+    if padding_mask is not None and not always_mask and _hides_nothing(padding_mask):
+        padding_mask = None  # attention without a mask is faster
     if padding_mask is None and not causal_text:
         return AttentionRule()
     attend = torch.ones(batch, 1, length, length, dtype=torch.bool, device=text.device)  # True = may attend

@@ -348,7 +348,7 @@ class _Decoder:
 def _finish_layer(layer: EncoderLayer, expert: str, x: Tensor, attended: Tensor) -> Tensor:
     """What follows attention in a layer, without drop path: x and attended values (B, N, W) → (B, N, W)."""
     x = x + layer.self_attn.output(expert, attended)
-    return x + getattr(layer.ffn, expert)(getattr(layer.final_layer_norm, expert)(x))
+    return x + getattr(layer.ffn, expert)(x, getattr(layer.final_layer_norm, expert))
 
 
 def _text_projection(layer: EncoderLayer, device: torch.device) -> tuple[Tensor, Tensor]:

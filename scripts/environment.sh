@@ -48,7 +48,7 @@ PYTHON_END
 # Chatter of libraries that nobody here can act on.
 export PYTHONWARNINGS=${PYTHONWARNINGS:-ignore::FutureWarning} TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR}
 
-RUNTIME_MODULES="torch torchvision timm deepspeed transformers sentencepiece pycocotools pycocoevalcap safetensors tensorboard tqdm ninja"
+RUNTIME_MODULES="torch torchvision timm deepspeed transformers sentencepiece pycocotools pycocoevalcap safetensors tensorboard tqdm ninja psutil"
 
 # Leaves in $TASK the task, in $GPUS the number of processes and in the array launch the start of a torchrun command.
 choose_task_and_launcher() {

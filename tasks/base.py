@@ -119,6 +119,14 @@ class Task(abc.ABC):
             return EvalTransform(settings.image_size)
         return TrainTransform(settings.image_size, settings.train_interpolation, settings.randaug, settings.crop_scale)
 
+    def text_tokens(self) -> int:
+        """Tokens of text that go through the encoder with each training picture, at most."""
+        return self.settings.num_max_bpe_tokens
+
+    @abc.abstractmethod
+    def output_values(self) -> int:
+        """Values that the model gives out for each training picture, at most."""
+
     @abc.abstractmethod
     def training_step(self, model: nn.Module, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
         """{"loss": (), and whatever else is worth a line in the log}."""

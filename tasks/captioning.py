@@ -120,6 +120,13 @@ class Captioning(Task):
             seed=settings.seed,
         )
 
+    def text_tokens(self) -> int:
+        return self.settings.num_max_bpe_tokens * self.settings.captions_per_image
+
+    def output_values(self) -> int:
+        hidden = round(self.text_tokens() * self.settings.captioning_mask_prob)
+        return hidden * self.settings.vocab_size
+
     def training_step(self, model: nn.Module, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
         """The loss, and `acc`: the share of hidden tokens, 0-1, that the model finds."""
         logits = model(

@@ -108,6 +108,9 @@ class VQAv2(Task):
             seed=settings.seed,
         )
 
+    def output_values(self) -> int:
+        return len(self.answers)
+
     def training_step(self, model: nn.Module, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
         logits = model(image=batch["image"], question=batch["token_ids"], padding_mask=batch["padding_mask"])
         targets = torch.nn.functional.pad(batch["targets"], (0, logits.shape[1] - batch["targets"].shape[1]))

@@ -1,5 +1,6 @@
 """Beam search against captions of the released code, and against a slow search written straight down."""
 
+import dataclasses
 import itertools
 import random
 
@@ -192,8 +193,7 @@ def test_a_caption_may_be_empty_and_has_at_most_three_tokens_less_than_the_limit
 
 def test_drop_path_does_not_reach_generation():
     model = small_model(2)
-    for layer in model.beit3.encoder.layers:
-        layer.drop_path_rate = 0.9
+    model.beit3.config = dataclasses.replace(model.beit3.config, drop_path_rate=0.9)
     images = reference.images(2, 2, 32)
     expected = generate(model, images, mask_id=MASK, max_tokens=8)
     model.train()

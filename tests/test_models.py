@@ -7,7 +7,7 @@ import timm
 import torch
 import torch.nn.functional as F
 
-from beit3.encoder import BEiT3, EncoderConfig
+from beit3.encoder import AttentionRule, BEiT3, EncoderConfig
 from modeling_finetune import MODEL_NAMES
 from tests import reference
 
@@ -231,14 +231,37 @@ def test_gradient_checkpointing_gives_the_same_gradients():
 
 def test_drop_path_drops_whole_samples_of_both_modalities_and_scales_the_others():
     encoder = small_encoder(drop_path_rate=0.5).train()
-    layer = encoder.encoder.layers[-1]
-    assert [round(each.drop_path_rate, 3) for each in encoder.encoder.layers] == [0.0, 0.25, 0.5]
     torch.manual_seed(0)
-    scale = layer._drop_path_scale(torch.zeros(4000, 1, 1))
-    assert set(scale.flatten().tolist()) == {0.0, 2.0}
-    assert abs(scale.mean().item() - 1.0) < 0.05
-    layer.eval()
-    assert layer._drop_path_scale(torch.zeros(4, 1, 1)) is None
+    first, middle, last = encoder._draw_drop_path(torch.zeros(4000, 1, 1))
+    assert first.shape == (2, 4000, 1, 1) and set(first.flatten().tolist()) == {1.0}
+    torch.testing.assert_close(middle.unique(), torch.tensor([0.0, 1 / 0.75]))
+    assert set(last.flatten().tolist()) == {0.0, 2.0}
+    assert abs(last.mean().item() - 1.0) < 0.05
+    assert (last[0] != last[1]).any()  # attention and feed-forward are dropped each by itself
+    assert encoder.eval()._draw_drop_path(torch.zeros(4, 1, 1)) == [None, None, None]
+
+
+def test_a_dropped_sample_goes_past_a_layer_unchanged():
+    layer = small_encoder().encoder.layers[-1]
+    image, text = torch.randn(2, 5, 32), torch.randn(2, 7, 32)
+    drop_path = torch.tensor([[0.0, 2.0], [0.0, 2.0]])[:, :, None, None]
+    x_image, x_text = layer(image, text, AttentionRule(), drop_path)
+    torch.testing.assert_close((x_image[0], x_text[0]), (image[0], text[0]), rtol=0, atol=0)
+    assert not torch.allclose(x_image[1], image[1]) and not torch.allclose(x_text[1], text[1])
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_what_is_made_again_in_the_backward_pass_changes_no_gradient(causal, monkeypatch):
+    encoder = small_encoder().train()
+    ids, padding = reference.tokens(2, [7, 4], vocab_size=50, width=7)
+    gradients = []
+    for again in (False, True):
+        monkeypatch.setattr("beit3.encoder.recomputes", lambda _, again=again: again)
+        encoder.zero_grad()
+        image, text = encoder(reference.images(1, 2, 32), ids, padding, causal_text=causal)
+        (image.sin().sum() + text.cos().sum()).backward()
+        gradients.append({name: parameter.grad for name, parameter in encoder.named_parameters()})
+    torch.testing.assert_close(*gradients, rtol=0, atol=0)
 
 
 def test_bf16_logits_stay_near_fp32():

@@ -3,6 +3,7 @@ something is wrong. On the made-up COCO of data/mini_coco with the tiny model, u
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -220,6 +221,29 @@ def test_averaged_weights_are_validated_and_saved(coco, tmp_path):
     assert not torch.equal(saved["ema"][name], saved["model"][name])
 
 
+@pytest.mark.slow
+def test_compiled_training_goes_the_same_way(coco, tmp_path, trained):
+    result = start(tiny_flags(coco, tmp_path, compile=True), timeout=500)
+    assert result.returncode == 0, result.stderr
+    if "goes on without" in result.stderr:
+        pytest.skip("no working C++ compiler")
+    for compiled, plain in zip(log_of(tmp_path), log_of(trained), strict=True):
+        assert compiled["train_loss"] == pytest.approx(plain["train_loss"], rel=1e-3)
+
+
+def test_what_training_takes_is_said_and_what_helps_where_it_does_not_fit(coco, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(run, "free_memory", lambda device: 40e6)
+    caplog.set_level("INFO")
+    assert run.main(tiny_flags(coco, tmp_path, epochs=1)) == 0
+    said = [record.getMessage() for record in caplog.records]
+    (size,) = (line for line in said if line.startswith("memory per process on cpu, about "))
+    assert "activations 16 × 0.00" in size and "0.0 GB are free" in size
+    (advice,) = (line for line in said if "may not fit" in line)
+    smaller = int(re.search(r"--batch_size (\d+) with a larger --update_freq", advice)[1])
+    assert 0 < smaller < 16
+    assert "--checkpoint_activations" in advice and "--zero_stage 2" in advice
+
+
 # The published lines, with the paths of the reader's own files.
 PUBLISHED = (
     "--model beit3_base_patch16_480 --input_size 480 --task vqav2 --batch_size 16 --layer_decay 1.0 --lr 3e-5 "
@@ -299,6 +323,7 @@ def test_every_mistake_is_told_at_once_and_before_anything_is_loaded(coco, tmp_p
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"compile": True, "enable_deepspeed": True, "zero_stage": 3}, "--compile: not with --zero_stage 3"),
         (
             {"model": "beit3_huge_patch16_64"},
             "--model beit3_huge_patch16_64: unknown for --task vqav2; one of beit3_base",

@@ -1,0 +1,94 @@
+"""The memory model: what it says is kept for the backward pass is what PyTorch keeps; sums are those done by hand."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from beit3 import encoder
+from beit3.backends import BUCKET, BackendSettings
+from beit3.encoder import EncoderConfig
+from beit3.memory import Demand, training_demand
+from benchmarks import memory
+from benchmarks.models import LENGTHS, VOCABULARY, make_batch, make_config, our_loss
+from modeling_finetune import HEADS, VQA_ANSWERS
+
+TINY = EncoderConfig(width=128, layers=4, heads=4, image_size=64, vocab_size=1000)
+GB = 1e9
+
+
+def demand(config: EncoderConfig = TINY, parameters: int = 10_000_000, zero: bool = False, **changes) -> Demand:
+    settings = {"precision": "fp32", "batch_size": 8} | {
+        name: changes.pop(name) for name in ("precision", "batch_size", "zero_stage") if name in changes
+    }
+    known = {"device": "cpu", "text_tokens": 16, "output_values": 100}
+    return training_demand(config, parameters, BackendSettings(**settings), zero=zero, **known | changes)
+
+
+def kept_per_picture(task: str, config: EncoderConfig, dtype: str) -> float:
+    """Bytes that one more picture keeps until the backward pass, counted."""
+    model = HEADS[task](config).train()
+
+    def forward(pictures: int) -> torch.Tensor:
+        batch = make_batch(task, pictures, config.image_size, torch.device("cpu"))
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bf16"):
+            return our_loss(task, model, batch)
+
+    three, one = (memory.kept_for_backward(partial(forward, pictures)) for pictures in (3, 1))
+    return (three - one) / 2 * 1e6
+
+
+@pytest.mark.parametrize("recomputes", [True, False])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("task", ["vqav2", "captioning"])
+def test_activations_are_what_pytorch_keeps(task, precision, recomputes, monkeypatch):
+    monkeypatch.setattr(encoder, "recomputes", lambda _: recomputes)
+    monkeypatch.setattr("beit3.memory.recomputes", lambda _: recomputes)
+    config = make_config(task, "base", 224)
+    config = EncoderConfig(**{**vars(config), "layers": 4, "drop_path_rate": 0.1})
+    # Texts of the measured batch, 16 tokens after rounding up; its longest text's tokens beside <s> are hidden.
+    outputs = VQA_ANSWERS if task == "vqav2" else VOCABULARY * round(0.65 * max(LENGTHS[task]))
+    settings = BackendSettings(precision=precision, batch_size=1)
+    estimate = training_demand(config, 0, settings, device="cpu", text_tokens=16, output_values=outputs)
+    assert estimate.per_picture == pytest.approx(kept_per_picture(task, config, precision), rel=0.1)
+
+
+def test_checkpointing_keeps_the_inputs_of_layers_and_one_layer():
+    config = EncoderConfig(**{**vars(TINY), "checkpoint_activations": True})
+    few, many = (demand(EncoderConfig(**{**vars(config), "layers": layers})).per_picture for layers in (4, 14))
+    assert many - few == 10 * 128 * (17 + 16) * 4
+
+
+def test_plain_pytorch_in_fp32():
+    expected = demand(parameters=10_000_000)
+    joint = 2 * 4 * 3 * 128**2  # of two experts in four layers: q, k, v in one
+    assert expected.weights == 4 * 10_000_000 + 4 * joint
+    assert expected.gradients == 4 * 10_000_000
+    assert expected.optimizer == 8 * 10_000_000
+    assert expected.average == 0
+    assert demand(average=True).average == 4 * 10_000_000
+    assert demand(world_size=2).gradients == 8 * 10_000_000
+
+
+@pytest.mark.parametrize(
+    ("stage", "weights", "gradients", "optimizer"),
+    [
+        (0, 2 * 8e6, 2 * 8e6 + 4 * 8e6, 12 * 8e6),
+        (1, 2 * 8e6, 2 * 8e6 + 4 * 2e6 + 2 * BUCKET, 12 * 2e6),
+        (2, 2 * 8e6, 2 * 2e6 + 4 * 2e6 + 2 * BUCKET, 12 * 2e6),
+        (3, 2 * 2e6, 2 * 2e6 + 4 * 2e6 + 2 * BUCKET, 12 * 2e6),
+    ],
+)
+def test_zero_shares_out_among_processes(stage, weights, gradients, optimizer):
+    joint = 2 * 4 * 3 * 128**2
+    found = demand(parameters=8_000_000, zero=True, zero_stage=stage, precision="bf16", world_size=4)
+    assert (found.weights, found.gradients, found.optimizer) == (weights + 2 * joint, gradients, optimizer)
+
+
+def test_what_fits():
+    one = Demand(weights=1 * GB, gradients=1 * GB, optimizer=2 * GB, average=0, per_picture=0.5 * GB, pictures=8)
+    assert one.total == 8 * GB
+    assert one.fits(9 * GB) and not one.fits(8.8 * GB)  # a tenth is left free
+    assert one.most_pictures(10 * GB) == 10  # 9 GB without that tenth, 4 of them fixed
+    assert one.most_pictures(1 * GB) == 0
+    assert str(one) == "8.0 GB: weights 1.00, gradients 1.00, optimizer 2.00, activations 8 × 0.500"
