@@ -26,6 +26,7 @@ GROUPS: dict[str, Callable[[Settings], list[Row]]] = {
     "loss": models.loss_rows,
     "encoder": models.encoder_rows,
     "train": models.train_rows,
+    "ideas": models.idea_rows,
     "captions_per_image": models.captions_together_rows,
     "generation": models.generation_rows,
     "loader": pictures.loader_rows,

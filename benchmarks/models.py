@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -247,6 +248,71 @@ def captions_together_row(size: str, pixels: int, together: int, settings: Setti
     return [Line(what, "captions/s", rates(together, our_times), rates(together, peer_times), Reach("≥", 3))]
 
 
+# What single ideas bring
+
+
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """As `beit3.encoder.Attention.attend`, with all scores in memory and their softmax in fp32."""
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * q.shape[-1] ** -0.5
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    return torch.einsum("bhqk,bkhd->bqhd", scores.float().softmax(dim=-1).to(v.dtype), v).flatten(2)
+
+
+def whole_last_layer(model: Any, batch: Batch) -> Tensor:
+    features, _ = model.beit3(batch.image, batch.text, batch.padding)
+    return model.head(model.pooler(features))
+
+
+def texts_filled_up(model: nn.Module, batch: Batch) -> Tensor:
+    return model(image=batch.image, question=batch.full_text, padding_mask=batch.full_padding)
+
+
+def with_all_ideas(model: nn.Module, batch: Batch) -> Tensor:
+    return model(image=batch.image, question=batch.text, padding_mask=batch.padding)
+
+
+def with_patch(name: str, replacement: Any, model: nn.Module, batch: Batch) -> Tensor:
+    """With something of `beit3.encoder` replaced."""
+    with patch(f"beit3.encoder.{name}", replacement):
+        return with_all_ideas(model, batch)
+
+
+# What is left out → logits of VQAv2 without it.
+IDEAS: dict[str, Callable[[Any, Batch], Tensor]] = {
+    "attention in one kernel, scores never in memory": partial(
+        with_patch, "Attention.attend", staticmethod(plain_attention)
+    ),
+    "last layer for the class token alone": whole_last_layer,
+    "questions as long as the longest of the batch": texts_filled_up,
+    "norms made again in the backward pass": partial(with_patch, "recomputes", lambda device: False),
+}
+
+
+def idea_row(idea: str, pixels: int, pictures: int, settings: Settings) -> list[Line]:
+    """A train step of VQAv2 with everything; other side: with one idea left out."""
+    device = settings.device
+    model = HEADS["vqav2"](make_config("vqav2", "base", pixels)).to(device)
+    batch = make_batch("vqav2", pictures, pixels, device)
+
+    def loss(logits: Callable[[Any, Batch], Tensor], batch: Batch = batch) -> Tensor:
+        return soft_answer_loss(logits(model, batch), batch.targets)
+
+    check_close("loss", [loss(with_all_ideas), loss(IDEAS[idea])], "fp32")
+    steps = [
+        partial(train_step, model, partial(loss, logits), "fp32", device) for logits in (with_all_ideas, IDEAS[idea])
+    ]
+    our_times, other_times = interleave(steps, settings.repeats, device)
+    what = f"train step, VQAv2, base, {pixels} px, fp32, batch {pictures}; {idea}; other side: without"
+    kept = [
+        memory.kept_for_backward(partial(loss, logits)) / pictures for logits in (with_all_ideas, IDEAS[idea])
+    ]  # weights' copies too, shared out
+    return [
+        Line(what, "images/s", rates(pictures, our_times), rates(pictures, other_times)),
+        Line("– memory kept for the backward pass, per picture", "MB", kept[:1], kept[1:]),
+    ]
+
+
 # Caption loss
 
 
@@ -349,7 +415,7 @@ def encoder_rows(settings: Settings) -> list[Row]:
 
 
 def train_rows(settings: Settings) -> list[Row]:
-    sizes = {224: 2} if settings.quick else {224: 4, 480: 2}  # pixels: pictures
+    sizes = {224: 2} if settings.quick else {224: 8, 480: 2}  # pixels: pictures
     return [
         Row(
             f"train step, {TASK_NAMES[task]}, {pixels} px, {dtype}",
@@ -359,6 +425,11 @@ def train_rows(settings: Settings) -> list[Row]:
         for task in TASK_NAMES
         for dtype in (("fp32",) if settings.quick else DTYPES)
     ]
+
+
+def idea_rows(settings: Settings) -> list[Row]:
+    pixels, pictures = (224, 2) if settings.quick else (480, 2)
+    return [Row(idea, partial(idea_row, idea, pixels, pictures, settings)) for idea in IDEAS]
 
 
 def captions_together_rows(settings: Settings) -> list[Row]:
@@ -371,5 +442,8 @@ def loss_rows(settings: Settings) -> list[Row]:
 
 
 def generation_rows(settings: Settings) -> list[Row]:
-    pictures = 2 if settings.quick else 4
-    return [Row("generation", partial(generation_row, "base", 224, pictures, 16, settings))]
+    sizes = {224: 2} if settings.quick else {224: 4, 480: 4}  # pixels: pictures
+    return [
+        Row(f"generation, {pixels} px", partial(generation_row, "base", pixels, pictures, 16, settings))
+        for pixels, pictures in sizes.items()
+    ]

@@ -16,6 +16,7 @@ from beit3.losses import masked_token_losses
 from beit3.tokenizer import Tokenizer
 from benchmarks import gpu, memory, models, peers, pictures, questions
 from benchmarks.table import Line, Reach, Row, Settings, interleave, read_sections, run_row, write_sections
+from modeling_finetune import HEADS
 from tests import reference
 from tests.test_generation import MASK, small_model
 
@@ -196,6 +197,20 @@ def test_torchscales_models_have_our_losses_and_gradients(task):
     device = torch.device("cpu")
     pair = models.make_pair(task, "tiny", 64, device)
     models.check_gradients(task, *pair, models.make_batch(task, 3, 64, device), "fp32")
+
+
+@pytest.mark.parametrize("idea", models.IDEAS)
+def test_leaving_an_idea_out_changes_no_loss_and_no_gradient(idea):
+    model = HEADS["vqav2"](models.make_config("vqav2", "tiny", 64))
+    batch = models.make_batch("vqav2", 3, 64, torch.device("cpu"))
+    losses, gradients = [], []
+    for logits in (models.with_all_ideas, models.IDEAS[idea]):
+        model.zero_grad()
+        losses.append(logits(model, batch).sin().sum())
+        losses[-1].backward()
+        gradients.append(model.get_parameter("beit3.encoder.layers.0.ffn.B.fc1.weight").grad)
+    models.check_close("loss", losses, "fp32")
+    models.check_close("gradient", gradients, "fp32")
 
 
 @needs_torchscale
