@@ -42,6 +42,7 @@ from beit3.index_table import (
     TokenField,
     read_index,
 )
+from beit3.machine import cores
 from beit3.tokenizer import BOS_ID, EOS_ID, PAD_ID, UNK_ID
 
 __all__ = [
@@ -583,7 +584,7 @@ def build_loader(
     batches, or cores to run on. pin_memory: page-locked batches, copied to a GPU while it computes. timeout_seconds: a
     worker that brings nothing for so long is an error (RuntimeError), as is one that died.
     """
-    num_workers = min(num_workers, len(sampler), len(os.sched_getaffinity(0)))
+    num_workers = min(num_workers, len(sampler), cores())
     return DataLoader(
         dataset,
         batch_sampler=sampler,

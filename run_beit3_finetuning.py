@@ -32,7 +32,8 @@ from beit3.ema import ModelEma
 from beit3.errors import BadImageError, CheckpointError, InputError
 from beit3.files import atomic_write
 from beit3.images import screen_images
-from beit3.memory import GIGABYTE, free_memory, training_demand
+from beit3.machine import free_memory
+from beit3.memory import GIGABYTE, training_demand
 from beit3.weights import Checkpoint, load_weights, read_checkpoint
 from datasets import EpochSampler, EvaluationSampler, ImageTextDataset, build_loader
 from engine_for_finetuning import EpochState, TrainingRun, Validation, evaluate, summarize, train_one_epoch, validate
@@ -652,6 +653,8 @@ def predict(args: argparse.Namespace, task: Task, process: utils.Process, stop: 
     dataset = task.dataset(args.split, training=False)
     check_pictures(args, process, dataset)
     model = build_model(args, task, checkpoint).to(process.device)
+    if args.compile:
+        logger.info("--compile is for training; prediction runs without")
     precision = choose_precision(args.precision, process.device)
     autocast = (
         nullcontext

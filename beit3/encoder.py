@@ -336,11 +336,11 @@ class BEiT3(nn.Module):
         x_image = None if image is None else self.embed_image(image)
         x_text = None if text_ids is None else self.embed_text(text_ids, padding_mask)
         length = 0 if x_text is None else x_text.shape[1]
-        if x_text is not None and self._runs_compiled():
+        if x_text is not None and self._compiled is not None:
             x_text, padding_mask = _in_few_lengths(x_text, padding_mask)
         texts = _texts_per_image(x_image, x_text)
         assert texts == 1 or (causal_text and text_rows in (None, 0)), "several texts per picture need causal_text"
-        rule = attention_rule(x_image, x_text, padding_mask, causal_text, always_mask=self._runs_compiled())
+        rule = attention_rule(x_image, x_text, padding_mask, causal_text, always_mask=self._compiled is not None)
         if x_text is not None and texts > 1:
             x_text = x_text.unflatten(0, (-1, texts)).flatten(1, 2)  # (B, N*T, W): the texts of a picture in one row
         some = x_text if x_image is None else x_image
@@ -358,13 +358,12 @@ class BEiT3(nn.Module):
             x_text = x_text.unflatten(1, (texts, -1)).flatten(0, 1)
         return x_image, None if x_text is None else x_text[:, :length]
 
-    def _runs_compiled(self) -> bool:
-        return self.compiled_layer is not None and self.training
+    @property
+    def _compiled(self) -> Callable[..., Any] | None:
+        return self.compiled_layer if self.training else None
 
     def _run(self, layer: nn.Module, *inputs: object) -> tuple[Tensor | None, Tensor | None]:
-        call: Callable[..., Any] = layer
-        if self.compiled_layer is not None and self.training:
-            call = functools.partial(self.compiled_layer, layer)
+        call: Callable[..., Any] = layer if self._compiled is None else functools.partial(self._compiled, layer)
         if self.config.checkpoint_activations and self.training and torch.is_grad_enabled():
             return checkpoint(call, *inputs, use_reentrant=False, preserve_rng_state=False)  # a layer draws nothing
         return call(*inputs)

@@ -6,11 +6,7 @@ largest temporary are not counted), and for texts as long as they may be. docs/P
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
-
-import psutil
-import torch
 
 from beit3.backends import BUCKET, BackendSettings
 from beit3.encoder import EncoderConfig, recomputes
@@ -142,10 +138,3 @@ def _activations(
         return config.layers * config.width * tokens * size + whole
     # The last layer computes a few positions only: its input, norm, keys and values are all there is.
     return (config.layers - 1) * whole + 4 * size * config.width * tokens
-
-
-def free_memory(device: torch.device) -> float:
-    """Bytes that a process can have on a device: on a CPU its share of what is available."""
-    if device.type == "cuda":
-        return float(torch.cuda.mem_get_info(device)[0])
-    return psutil.virtual_memory().available / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -20,6 +20,7 @@ from typing import Any
 import sentencepiece
 
 from beit3.errors import InputError
+from beit3.machine import cores
 
 BOS_ID, PAD_ID, EOS_ID, UNK_ID = 0, 1, 2, 3
 
@@ -93,7 +94,7 @@ class Tokenizer:
         """Ids of texts, special tokens written in them taken as ordinary characters."""
         try:
             # Starting threads costs more than a few short sentences take.
-            threads = min(4, len(os.sched_getaffinity(0))) if len(texts) >= MANY_TEXTS else 1
+            threads = min(4, cores()) if len(texts) >= MANY_TEXTS else 1
             pieces = self.model.encode(texts, out_type=int, num_threads=threads)
         except (RuntimeError, UnicodeError, TypeError) as error:
             _name_bad_text(texts, error)

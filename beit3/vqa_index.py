@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from beit3.tokenizer import BatchEncoder, as_batch_encoder
 NUM_REST_VAL_IMAGES = 1000  # validation images whose questions are kept for validating; the rest is for training
 BATCH = 4096  # questions tokenized at a time
 STRING = frozenset({str})
+ANSWER = itemgetter("answer")
 
 Progress = Callable[[int], object]
 Answers = tuple[list[int], list[float]]  # labels and their scores
@@ -259,8 +261,8 @@ def _read_annotations(
         try:
             question_id, image_id = entry["question_id"], entry.get("image_id", -1)
             votes: dict[str, int] = {}
-            for given in entry["answers"]:
-                votes[given["answer"]] = votes.get(given["answer"], 0) + 1
+            for answer in map(ANSWER, entry["answers"]):
+                votes[answer] = votes.get(answer, 0) + 1
             most_common = entry["multiple_choice_answer"]
             typed = type(question_id) is type(image_id) is int and STRING.issuperset(map(type, (most_common, *votes)))
         except (KeyError, TypeError, AttributeError):

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from beit3.machine import cores
 from benchmarks import gpu, models, pictures, questions, runs
 from benchmarks.table import HEADER, Row, Settings, read_sections, run_row, write_sections
 
@@ -91,7 +92,7 @@ def conditions(quick: bool) -> str:
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in packages)
     return (
         f"{'Quick run' if quick else 'Full run'} of {datetime.date.today()} at commit {commit()}: {processor()}, "
-        f"{len(os.sched_getaffinity(0))} cores, {torch.get_num_threads()} threads, "
+        f"{cores()} cores, {torch.get_num_threads()} threads, "
         f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.0f} GiB{gpu}; "
         f"Python {platform.python_version()}, {versions}."
     )

@@ -6,7 +6,6 @@ times the forward pass. A training step is the toolkit's own, optimizer included
 
 from __future__ import annotations
 
-import os
 import statistics
 from collections.abc import Callable
 from functools import partial
@@ -19,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from beit3.augmentation import TrainTransform
 from beit3.backends import BackendSettings, PlainBackend
 from beit3.generation import generate
+from beit3.machine import cores
 from beit3.tokenizer import EOS_ID
 from benchmarks import models
 from benchmarks.models import MASK_ID, TASK_NAMES, make_batch, make_config, our_loss
@@ -128,10 +128,10 @@ class Pictures(Dataset[Tensor]):
 
 def loader_row(pictures: int, settings: Settings) -> list[Line]:
     """All cores at once, batches in page-locked memory, as in a training."""
-    cores = len(os.sched_getaffinity(0))
+    workers = cores()
     dataset = Pictures(make_pictures(settings.folder / "pictures", 64), pictures, PIXELS)
     loader = DataLoader(
-        dataset, batch_size=16, num_workers=cores, persistent_workers=True, pin_memory=settings.device.type == "cuda"
+        dataset, batch_size=16, num_workers=workers, persistent_workers=True, pin_memory=settings.device.type == "cuda"
     )
 
     def epoch() -> None:
@@ -140,7 +140,7 @@ def loader_row(pictures: int, settings: Settings) -> list[Line]:
 
     seconds(epoch)  # starts the workers
     speeds = rates(pictures, [seconds(epoch) for _ in range(settings.repeats)])
-    what = f"loader, {PIXELS} px, with RandAugment, {cores} workers"
+    what = f"loader, {PIXELS} px, with RandAugment, {workers} workers"
     wanted = Reach("≥", TRAINING["vqav2", "base"][1], absolute=True)
     return [Line(what, "images/s", speeds, reach=wanted)]
 
