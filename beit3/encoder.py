@@ -11,6 +11,7 @@ works on whole, contiguous tensors, and nothing is split and joined again around
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 # The released position tables count from 2 (a fairseq convention: rows 0 and 1 belong to no position).
 FIRST_POSITION = 2
 TEXT_POSITIONS = 1024
+WIDE = 600  # features of a position; the smallest released model has 768
 
 
 @dataclass(frozen=True)
@@ -65,13 +67,14 @@ def _linears(width: int) -> Multiway:
     return Multiway(nn.Linear(width, width), nn.Linear(width, width))
 
 
-def recomputes(device: str) -> bool:
+def recomputes(device: str, features: int) -> bool:
     """Whether norms, and what joins picture and text, are made once more in the backward pass and not kept till then.
 
-    On a CPU they cost little beside matrix products and are a third of what would be kept. On a GPU they take as long
-    as reading and writing them takes, so it does without; `checkpoint_activations` is there.
+    On a CPU they cost little beside matrix products and are over half of what would be kept. Not where a position has
+    few features, as in the demo's model: noting what is to be made again takes as long as making it. On a GPU they take
+    as long as reading and writing them takes, so it does without; `checkpoint_activations` is there.
     """
-    return device == "cpu"
+    return device == "cpu" and features >= WIDE
 
 
 def made_again(function: Callable[..., Any], *inputs: Tensor) -> Any:
@@ -79,8 +82,13 @@ def made_again(function: Callable[..., Any], *inputs: Tensor) -> Any:
 
     For a function that does something cheap and then a matrix product: PyTorch stops making things again where it has
     all that it kept nothing of, and so does not compute the product twice.
+
+    Args:
+        inputs: (B, N, features), or the features in several dimensions.
     """
-    if recomputes(inputs[0].device.type) and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    first = inputs[0]
+    again = recomputes(first.device.type, math.prod(first.shape[2:]))
+    if again and torch.is_grad_enabled() and not torch.compiler.is_compiling():
         return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
     return function(*inputs)
 

@@ -130,7 +130,7 @@ def _activations(
     norm_input = 4 if autocast and device == "cuda" else size
     # In widths: both residuals; q, k and v, attended, and four each of fc1 and GELU, which goes into a norm.
     per_token = 2 * norm_input + 8 * size + 4 * norm_input
-    if not recomputes(device):
+    if not recomputes(device, config.width):
         per_token += 7 * size + (norm_input if norm_input != size else 0)  # what four norms give; attended, into one
         per_token += 2 * size if causal else 0  # keys and values of both modalities for the text
     whole = config.width * tokens * per_token

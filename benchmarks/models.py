@@ -285,7 +285,7 @@ IDEAS: dict[str, Callable[[Any, Batch], Tensor]] = {
     ),
     "last layer for the class token alone": whole_last_layer,
     "questions as long as the longest of the batch": texts_filled_up,
-    "norms made again in the backward pass": partial(with_patch, "recomputes", lambda device: False),
+    "norms made again in the backward pass": partial(with_patch, "recomputes", lambda *_: False),
 }
 
 

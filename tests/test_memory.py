@@ -42,8 +42,8 @@ def kept_per_picture(task: str, config: EncoderConfig, dtype: str) -> float:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("task", ["vqav2", "captioning"])
 def test_activations_are_what_pytorch_keeps(task, precision, recomputes, monkeypatch):
-    monkeypatch.setattr(encoder, "recomputes", lambda _: recomputes)
-    monkeypatch.setattr("beit3.memory.recomputes", lambda _: recomputes)
+    monkeypatch.setattr(encoder, "recomputes", lambda *_: recomputes)
+    monkeypatch.setattr("beit3.memory.recomputes", lambda *_: recomputes)
     config = make_config(task, "base", 224)
     config = EncoderConfig(**{**vars(config), "layers": 4, "drop_path_rate": 0.1})
     # Texts of the measured batch, 16 tokens after rounding up; its longest text's tokens beside <s> are hidden.
