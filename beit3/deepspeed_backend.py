@@ -54,7 +54,7 @@ def import_deepspeed() -> Any:
     return deepspeed
 
 
-def engine_config(settings: BackendSettings, world_size: int) -> dict[str, Any]:
+def engine_config(settings: BackendSettings, world_size: int, num_parameters: int) -> dict[str, Any]:
     """DeepSpeed's configuration as a value. What its defaults changed between versions is written out."""
     stage, precision = settings.zero_stage, settings.precision
     config: dict[str, Any] = {
@@ -66,8 +66,8 @@ def engine_config(settings: BackendSettings, world_size: int) -> dict[str, Any]:
         "zero_optimization": {
             "stage": stage,
             "overlap_comm": False,
-            "reduce_bucket_size": BUCKET,
-            "allgather_bucket_size": BUCKET,
+            "reduce_bucket_size": min(BUCKET, num_parameters),
+            "allgather_bucket_size": BUCKET,  # takes no memory
         },
         # Our optimizer is torch.optim.AdamW(fused=True); DeepSpeed's own would compile for minutes.
         "zero_allow_untested_optimizer": True,
@@ -90,7 +90,8 @@ class DeepSpeedBackend:
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, settings: BackendSettings) -> None:
         deepspeed = import_deepspeed()
         self.settings = settings
-        self.config = engine_config(settings, dist.get_world_size())
+        num_parameters = sum(parameter.numel() for parameter in model.parameters())
+        self.config = engine_config(settings, dist.get_world_size(), num_parameters)
         # ZeRO-3 leaves the model in pieces, which only all processes in step can compute with.
         self._whole = copy.deepcopy(model).cpu() if settings.zero_stage == 3 else None
         self._broken = False

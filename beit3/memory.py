@@ -109,7 +109,8 @@ def _of_deepspeed(
     weights = size * (share if stage == 3 else parameters) + size * _joint_projections(config)
     gradients = float(size * (share if stage >= 2 else parameters))
     if stage >= 1:
-        gradients += 4 * share + size * BUCKET  # those of the own part as the optimizer wants them; what is under way
+        # Those of the own part as the optimizer wants them, and what is under way.
+        gradients += 4 * share + size * min(BUCKET, parameters)
     elif size == 2:
         gradients += 4 * parameters
     states = 8 if stage == 0 and size == 4 else 12  # fp32 weights of the own part, and AdamW's two values

@@ -265,10 +265,13 @@ def test_precision_is_chosen_by_the_device():
 
 
 def test_the_deepspeed_configuration_leaves_nothing_to_changing_defaults():
-    config = engine_config(BackendSettings(precision="bf16", update_freq=3, batch_size=4, zero_stage=1), world_size=2)
+    settings = BackendSettings(precision="bf16", update_freq=3, batch_size=4, zero_stage=1)
+    config = engine_config(settings, 2, num_parameters=90_000_000)
     assert config["train_batch_size"] == 24
     assert config["gradient_clipping"] == 0.0
     assert config["data_types"] == {"grad_accum_dtype": "fp32"}
+    assert config["zero_optimization"]["reduce_bucket_size"] == 50_000_000
+    assert engine_config(settings, 2, num_parameters=1000)["zero_optimization"]["reduce_bucket_size"] == 1000
 
 
 def test_the_average_follows_its_definition_in_fp32():

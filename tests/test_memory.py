@@ -74,15 +74,21 @@ def test_plain_pytorch_in_fp32():
     ("stage", "weights", "gradients", "optimizer"),
     [
         (0, 2 * 8e6, 2 * 8e6 + 4 * 8e6, 12 * 8e6),
-        (1, 2 * 8e6, 2 * 8e6 + 4 * 2e6 + 2 * BUCKET, 12 * 2e6),
-        (2, 2 * 8e6, 2 * 2e6 + 4 * 2e6 + 2 * BUCKET, 12 * 2e6),
-        (3, 2 * 2e6, 2 * 2e6 + 4 * 2e6 + 2 * BUCKET, 12 * 2e6),
+        (1, 2 * 8e6, 2 * 8e6 + 4 * 2e6 + 2 * 8e6, 12 * 2e6),
+        (2, 2 * 8e6, 2 * 2e6 + 4 * 2e6 + 2 * 8e6, 12 * 2e6),
+        (3, 2 * 2e6, 2 * 2e6 + 4 * 2e6 + 2 * 8e6, 12 * 2e6),
     ],
 )
 def test_zero_shares_out_among_processes(stage, weights, gradients, optimizer):
     joint = 2 * 4 * 3 * 128**2
     found = demand(parameters=8_000_000, zero=True, zero_stage=stage, precision="bf16", world_size=4)
     assert (found.weights, found.gradients, found.optimizer) == (weights + 2 * joint, gradients, optimizer)
+
+
+def test_what_is_under_way_between_processes_is_no_more_than_a_bucket():
+    small, large = (demand(parameters=n, zero=True, zero_stage=1, world_size=1).gradients for n in (10**7, 10**9))
+    assert small == (4 + 4 + 4) * 10**7
+    assert large == (4 + 4) * 10**9 + 4 * BUCKET
 
 
 def test_what_fits():
