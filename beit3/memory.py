@@ -111,8 +111,8 @@ def _of_deepspeed(
     if stage >= 1:
         # Those of the own part as the optimizer wants them, and what is under way.
         gradients += 4 * share + size * min(BUCKET, parameters)
-    elif size == 2:
-        gradients += 4 * parameters
+    if stage <= 1 and size == 2:
+        gradients += 4 * parameters  # summed in fp32
     states = 8 if stage == 0 and size == 4 else 12  # fp32 weights of the own part, and AdamW's two values
     return float(weights), gradients, states * (parameters if stage == 0 else share)
 
