@@ -87,6 +87,11 @@ class BEiT3Model(nn.Module):
     def num_layers(self) -> int:
         return self.beit3.config.layers
 
+    @property
+    def num_parameters(self) -> int:
+        """Values of all parameters; to be asked before ZeRO-3 takes them apart."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
     def no_weight_decay(self) -> set[str]:
         """Parameters of two and more dimensions that get no weight decay all the same."""
         return {"beit3.encoder.embed_positions.A.weight", "beit3.vision_embed.cls_token", "logit_scale"}

@@ -447,13 +447,13 @@ def train(args: argparse.Namespace, task: Task, process: utils.Process, stop: ut
     resume_from = find_resumable(keeping, process)
     room = free_memory(process.device)
     model = build_model(args, task, checkpoint)
-    num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    announce_memory(args, task, model, num_parameters, process, room)
+    num_parameters, settings = model.num_parameters, backend_settings(args, process)
+    announce_memory(args, task, model, settings, process, room)
     model = model.to(process.device)
     checkpoint = None  # its memory is not needed any more
     if args.compile:
         compile_layers(model.beit3, process.device)
-    backend = build_backend(args, model, backend_settings(args, process))
+    backend = build_backend(args, model, settings)
     ema = None
     if args.model_ema:
         ema = ModelEma(backend.full_parameters(), args.model_ema_decay, args.model_ema_force_cpu)
@@ -502,15 +502,15 @@ def announce_memory(
     args: argparse.Namespace,
     task: Task,
     model: BEiT3Model,
-    num_parameters: int,
+    settings: BackendSettings,
     process: utils.Process,
     room: float,
 ) -> None:
     """Say what the training will take of `room` bytes, and what to do where that is not enough."""
     demand = training_demand(
         model.beit3.config,
-        num_parameters,
-        backend_settings(args, process),
+        model.num_parameters,
+        settings,
         device=process.device.type,
         text_tokens=task.text_tokens(),
         output_values=task.output_values(),
@@ -518,15 +518,10 @@ def announce_memory(
         world_size=process.world_size,
         average=args.model_ema and not args.model_ema_force_cpu,
     )
-    where = f"per process on {process.device.type}"
-    logger.info("memory %s, about %s; %.1f GB are free", where, demand, room / GIGABYTE)
-    if not demand.fits(room):
-        most = demand.most_pictures(room)
-        smaller = f"--batch_size {most} with a larger --update_freq, " if most else ""
-        logger.warning(
-            "that may not fit: %s--checkpoint_activations%s",
-            smaller, "" if args.enable_deepspeed and args.zero_stage >= 2 else " or --enable_deepspeed --zero_stage 2",
-        )  # fmt: skip
+    logger.info("memory per process on %s, about %s; %.1f GB are free", process.device.type, demand, room / GIGABYTE)
+    advice = demand.advice(room, args.zero_stage if args.enable_deepspeed else 0)
+    if advice is not None:
+        logger.warning("%s", advice)
 
 
 def make_schedule(args: argparse.Namespace, steps_per_epoch: int) -> list[float]:

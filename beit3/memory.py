@@ -42,6 +42,15 @@ class Demand:
     def fits(self, room: float) -> bool:
         return self.total <= TIGHT * room
 
+    def advice(self, room: float, zero_stage: int) -> str | None:
+        """What to do where `room` bytes may be too few; None where they are enough. zero_stage: 0 without DeepSpeed."""
+        if self.fits(room):
+            return None
+        most = self.most_pictures(room)
+        smaller = f"--batch_size {most} with a larger --update_freq, " if most else ""
+        sharing = "" if zero_stage >= 2 else " or --enable_deepspeed --zero_stage 2"
+        return f"that may not fit: {smaller}--checkpoint_activations{sharing}"
+
     def __str__(self) -> str:
         parts = {"weights": self.weights, "gradients": self.gradients, "optimizer": self.optimizer}
         if self.average:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 from unittest.mock import patch
@@ -101,9 +101,12 @@ def make_pair(task: str, size: str, pixels: int, device: torch.device) -> tuple[
 
 def our_loss(task: str, model: nn.Module, batch: Batch) -> Tensor:
     if task == "vqav2":
-        logits = model(image=batch.image, question=batch.text, padding_mask=batch.padding)
-        return soft_answer_loss(logits, batch.targets)
+        return soft_answer_loss(answer_logits(model, batch), batch.targets)
     return our_caption_loss(model, batch, batch.image)
+
+
+def answer_logits(model: nn.Module, batch: Batch) -> Tensor:
+    return model(image=batch.image, question=batch.text, padding_mask=batch.padding)
 
 
 def our_caption_loss(model: nn.Module, batch: Batch, image: Tensor) -> Tensor:
@@ -265,17 +268,13 @@ def whole_last_layer(model: Any, batch: Batch) -> Tensor:
 
 
 def texts_filled_up(model: nn.Module, batch: Batch) -> Tensor:
-    return model(image=batch.image, question=batch.full_text, padding_mask=batch.full_padding)
-
-
-def with_all_ideas(model: nn.Module, batch: Batch) -> Tensor:
-    return model(image=batch.image, question=batch.text, padding_mask=batch.padding)
+    return answer_logits(model, replace(batch, text=batch.full_text, padding=batch.full_padding))
 
 
 def with_patch(name: str, replacement: Any, model: nn.Module, batch: Batch) -> Tensor:
     """With something of `beit3.encoder` replaced."""
     with patch(f"beit3.encoder.{name}", replacement):
-        return with_all_ideas(model, batch)
+        return answer_logits(model, batch)
 
 
 # What is left out → logits of VQAv2 without it.
@@ -295,18 +294,17 @@ def idea_row(idea: str, pixels: int, pictures: int, settings: Settings) -> list[
     model = HEADS["vqav2"](make_config("vqav2", "base", pixels)).to(device)
     batch = make_batch("vqav2", pictures, pixels, device)
 
-    def loss(logits: Callable[[Any, Batch], Tensor], batch: Batch = batch) -> Tensor:
+    def loss_of(logits: Callable[[Any, Batch], Tensor]) -> Tensor:
         return soft_answer_loss(logits(model, batch), batch.targets)
 
-    check_close("loss", [loss(with_all_ideas), loss(IDEAS[idea])], "fp32")
-    steps = [
-        partial(train_step, model, partial(loss, logits), "fp32", device) for logits in (with_all_ideas, IDEAS[idea])
-    ]
-    our_times, other_times = interleave(steps, settings.repeats, device)
+    losses = [partial(loss_of, logits) for logits in (answer_logits, IDEAS[idea])]
+    check_close("loss", [loss() for loss in losses], "fp32")
+    our_times, other_times = interleave(
+        [partial(train_step, model, loss, "fp32", device) for loss in losses], settings.repeats, device
+    )
     what = f"train step, VQAv2, base, {pixels} px, fp32, batch {pictures}; {idea}; other side: without"
-    kept = [
-        memory.kept_for_backward(partial(loss, logits)) / pictures for logits in (with_all_ideas, IDEAS[idea])
-    ]  # weights' copies too, shared out
+    # Copies of weights too, shared out.
+    kept = [memory.kept_for_backward(loss) / pictures for loss in losses]
     return [
         Line(what, "images/s", rates(pictures, our_times), rates(pictures, other_times)),
         Line("– memory kept for the backward pass, per picture", "MB", kept[:1], kept[1:]),

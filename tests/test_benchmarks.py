@@ -204,7 +204,7 @@ def test_leaving_an_idea_out_changes_no_loss_and_no_gradient(idea):
     model = HEADS["vqav2"](models.make_config("vqav2", "tiny", 64))
     batch = models.make_batch("vqav2", 3, 64, torch.device("cpu"))
     losses, gradients = [], []
-    for logits in (models.with_all_ideas, models.IDEAS[idea]):
+    for logits in (models.answer_logits, models.IDEAS[idea]):
         model.zero_grad()
         losses.append(logits(model, batch).sin().sum())
         losses[-1].backward()
