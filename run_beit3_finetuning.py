@@ -70,8 +70,8 @@ def _add_model_flags(group: Any) -> None:
     group.add_argument(
         "--compile",
         action="store_true",
-        help="torch.compile the encoder's layers for training: some minutes at the start, equal within rounding; for "
-        "GPUs, as a CPU gains nothing. Goes on without, and says so, where there is no compiler",
+        help="torch.compile the encoder's layers for training: some minutes at the start, equal within rounding; meant "
+        "for GPUs. Goes on without, and says so, where there is no compiler",
     )
     group.add_argument("--sentencepiece_model", type=Path, required=True, help="the tokenizer, beit3.spm")
     group.add_argument("--vocab_size", type=int, default=64010, help="rows of the token table")
