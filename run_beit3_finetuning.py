@@ -514,6 +514,7 @@ def announce_memory(
         device=process.device.type,
         text_tokens=task.text_tokens(),
         output_values=task.output_values(),
+        causal_text=task.causal_text,
         zero=args.enable_deepspeed,
         world_size=process.world_size,
         average=args.model_ema and not args.model_ema_force_cpu,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from beit3.backends import BUCKET, BackendSettings
-from beit3.encoder import EncoderConfig, recomputes
+from beit3.encoder import TEXT_POSITIONS, EncoderConfig, recomputes
 
 GIGABYTE = 1e9
 OUTPUT_COPIES = 2  # of the model's outputs: themselves and their gradient
@@ -69,6 +69,7 @@ def training_demand(
     device: str,
     text_tokens: int,
     output_values: int,
+    causal_text: bool = False,
     zero: bool = False,
     world_size: int = 1,
     average: bool = False,
@@ -79,6 +80,7 @@ def training_demand(
         num_parameters: of the whole model.
         device: "cuda" or "cpu".
         text_tokens: of all texts of a picture, at most. output_values: of the model's output, for a picture.
+        causal_text: as the encoder is called.
         zero: DeepSpeed, at `settings.zero_stage`. average: whether an average of the weights is kept on the device.
     """
     size = 4 if settings.precision == "fp32" else 2
@@ -90,7 +92,7 @@ def training_demand(
         gradients,
         optimizer,
         4.0 * num_parameters if average else 0.0,
-        _activations(config, size, device, text_tokens, size == 2 and not zero, config.final_norm)
+        _activations(config, size, device, text_tokens, size == 2 and not zero, causal_text)
         + OUTPUT_COPIES * size * output_values,
         settings.batch_size,
     )
@@ -103,7 +105,7 @@ def _of_pytorch(
     # Autocast keeps what it made of the weights until the backward pass is over; tables are read as they are.
     copies = 4 * _joint_projections(config)
     if settings.precision != "fp32":
-        tables = (config.vocab_size + 1024 + config.patches) * config.width
+        tables = (config.vocab_size + TEXT_POSITIONS + config.patches) * config.width
         copies = 2 * (parameters - tables)
     buckets = 4 * parameters if world_size > 1 else 0  # of DistributedDataParallel
     return 4.0 * parameters + copies, 4.0 * parameters + buckets, 8.0 * parameters
@@ -132,7 +134,7 @@ def _joint_projections(config: EncoderConfig) -> int:
 
 
 def _activations(
-    config: EncoderConfig, size: int, device: str, text_tokens: int, autocast: bool, causal: bool
+    config: EncoderConfig, size: int, device: str, text_tokens: int, autocast: bool, causal_text: bool
 ) -> float:
     """What the encoder keeps of a picture and its texts for the backward pass."""
     tokens = config.patches + 1 + text_tokens
@@ -142,7 +144,7 @@ def _activations(
     per_token = 2 * norm_input + 8 * size + 4 * norm_input
     if not recomputes(device, config.width):
         per_token += 7 * size + (norm_input if norm_input != size else 0)  # what four norms give; attended, into one
-        per_token += 2 * size if causal else 0  # keys and values of both modalities for the text
+        per_token += 2 * size if causal_text else 0  # keys and values of both modalities for the text
     whole = config.width * tokens * per_token
     if config.checkpoint_activations:
         return config.layers * config.width * tokens * size + whole

@@ -62,6 +62,7 @@ class Task(abc.ABC):
     model_suffix: ClassVar[str]
     best_metric: ClassVar[str]
     id_key: ClassVar[str]
+    causal_text: ClassVar[bool] = False  # how its model calls the encoder
     generates: ClassVar[bool] = False  # evaluates by more than forward passes of the whole model
     trains_as: ClassVar[str]  # name under which checkpoints are kept: tasks of the same name can use each other's
     splits: ClassVar[tuple[str, ...]]

@@ -37,6 +37,7 @@ class Captioning(Task):
     id_key = "image_id"
     splits = ("test", "val")
     generates = True
+    causal_text = True
     source: ClassVar[str] = COCO  # of the pictures that are predicted
     trains_as: ClassVar[str] = COCO  # what a checkpoint says it was trained for, and may be used for
 

@@ -49,7 +49,9 @@ def test_activations_are_what_pytorch_keeps(task, precision, recomputes, monkeyp
     # Texts of the measured batch, 16 tokens after rounding up; its longest text's tokens beside <s> are hidden.
     outputs = VQA_ANSWERS if task == "vqav2" else VOCABULARY * round(0.65 * max(LENGTHS[task]))
     settings = BackendSettings(precision=precision, batch_size=1)
-    estimate = training_demand(config, 0, settings, device="cpu", text_tokens=16, output_values=outputs)
+    estimate = training_demand(
+        config, 0, settings, device="cpu", text_tokens=16, output_values=outputs, causal_text=task == "captioning"
+    )
     assert estimate.per_picture == pytest.approx(kept_per_picture(task, config, precision), rel=0.1)
 
 
