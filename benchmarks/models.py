@@ -288,23 +288,22 @@ IDEAS: dict[str, Callable[[Any, Batch], Tensor]] = {
 }
 
 
+def idea_loss(logits: Callable[[Any, Batch], Tensor], task: str, model: nn.Module, batch: Batch) -> Tensor:
+    return soft_answer_loss(logits(model, batch), batch.targets)
+
+
 def idea_row(idea: str, pixels: int, pictures: int, settings: Settings) -> list[Line]:
     """A train step of VQAv2 with everything; other side: with one idea left out."""
     device = settings.device
     model = HEADS["vqav2"](make_config("vqav2", "base", pixels)).to(device)
     batch = make_batch("vqav2", pictures, pixels, device)
 
-    def loss_of(logits: Callable[[Any, Batch], Tensor]) -> Tensor:
-        return soft_answer_loss(logits(model, batch), batch.targets)
-
-    losses = [partial(loss_of, logits) for logits in (answer_logits, IDEAS[idea])]
-    check_close("loss", [loss() for loss in losses], "fp32")
-    our_times, other_times = interleave(
-        [partial(train_step, model, loss, "fp32", device) for loss in losses], settings.repeats, device
-    )
+    losses = [partial(idea_loss, logits) for logits in (answer_logits, IDEAS[idea])]
+    check_close("loss", [loss("vqav2", model, batch) for loss in losses], "fp32")
+    steps = [partial(train_step, model, partial(loss, "vqav2", model, batch), "fp32", device) for loss in losses]
+    our_times, other_times = interleave(steps, settings.repeats, device)
     what = f"train step, VQAv2, base, {pixels} px, fp32, batch {pictures}; {idea}; other side: without"
-    # Copies of weights too, shared out.
-    kept = [memory.kept_for_backward(loss) / pictures for loss in losses]
+    kept = [kept_per_picture("vqav2", model, loss, pixels, "fp32", device) for loss in losses]
     return [
         Line(what, "images/s", rates(pictures, our_times), rates(pictures, other_times)),
         Line("– memory kept for the backward pass, per picture", "MB", kept[:1], kept[1:]),
