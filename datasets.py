@@ -68,6 +68,7 @@ Transform = Callable[[str, tuple[int, int, int]], Tensor]
 Item = dict[str, Any]
 
 MAX_SUBSTITUTES = 10  # where so many pictures drawn at random are bad, the data needs mending
+WORKERS_IGNORE = (signal.SIGINT, signal.SIGTERM)
 TEXT_MULTIPLE = 8  # batches are as long as their longest text, rounded up: few lengths, friendly to matrix units
 
 
@@ -567,8 +568,22 @@ def _collate(collate: Callable[[Sequence[Item]], dict[str, Tensor]], items: Sequ
 
 def _set_up_worker(number: int) -> None:
     """Launchers and terminals send signals to all processes; when to stop is for the process that trains to say."""
-    for signum in (signal.SIGINT, signal.SIGTERM):
+    for signum in WORKERS_IGNORE:
         signal.signal(signum, signal.SIG_IGN)
+
+
+class _Loader(DataLoader[dict[str, Any]]):
+    """A loader whose workers live through signals sent to all processes also while they start.
+
+    Until `_set_up_worker` runs in it a worker has PyTorch's handlers, under which SIGTERM ends it, and with it the run.
+    """
+
+    def __iter__(self) -> Any:
+        held = signal.pthread_sigmask(signal.SIG_BLOCK, WORKERS_IGNORE)  # which a worker inherits
+        try:
+            return super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, held)
 
 
 def build_loader(
@@ -585,7 +600,7 @@ def build_loader(
     worker that brings nothing for so long is an error (RuntimeError), as is one that died.
     """
     num_workers = min(num_workers, len(sampler), cores())
-    return DataLoader(
+    return _Loader(
         dataset,
         batch_sampler=sampler,
         collate_fn=functools.partial(_collate, dataset.collate),

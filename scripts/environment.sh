@@ -50,6 +50,9 @@ export PYTHONWARNINGS=${PYTHONWARNINGS:-ignore::FutureWarning} TORCH_CPP_LOG_LEV
 
 RUNTIME_MODULES="torch torchvision timm deepspeed transformers sentencepiece pycocotools pycocoevalcap safetensors tensorboard tqdm ninja psutil"
 
+# How long torchrun lets a training write its checkpoint after a signal; of itself it waits 30 seconds, then kills.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}
+
 # Leaves in $TASK the task, in $GPUS the number of processes and in the array launch the start of a torchrun command.
 choose_task_and_launcher() {
     TASK=${TASK:-vqav2}

@@ -121,6 +121,28 @@ def test_signals_end_a_run_after_a_checkpoint_and_it_goes_on_there(undisturbed, 
     assert same_end(out, whole.state) is None
 
 
+def test_a_signal_to_all_processes_spares_a_worker_that_is_starting(data, alone, tmp_path):
+    """As torchrun sends it, here before the worker has said that such signals are not for it."""
+    argv = chaos.command(data, tmp_path, False)
+    ended = Run(argv, 1, signal_while_workers_start).wait()
+    assert ended.statuses == [143], ended.output
+    assert list(tmp_path.glob("checkpoint-0-1.pth")), ended.output
+    ended = Run(argv).wait()
+    assert ended.statuses == [0], ended.output
+    assert same_end(tmp_path, alone) is None
+
+
+def signal_while_workers_start(rank):
+    set_up = datasets._set_up_worker
+
+    def set_up_late(number):
+        for process in (os.getppid(), os.getpid()):
+            os.kill(process, signal.SIGTERM)
+        set_up(number)
+
+    datasets._set_up_worker = set_up_late
+
+
 def test_prediction_is_left_by_a_signal_without_half_a_submission(data, alone, tmp_path):
     out = tmp_path / "out"
     argv = chaos.command(data, out, False, finetune=alone / "checkpoint-best.pth", eval_batch_size=4)

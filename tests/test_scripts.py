@@ -90,6 +90,13 @@ def test_the_two_commands_of_the_demo_end_with_a_submission(project, task, id_ke
     assert sorted(entry[id_key] for entry in written) == sorted(ids(project / "demo_data"))
 
 
+def test_a_training_has_minutes_to_write_its_checkpoint_after_a_signal(project):
+    ask = "from torch.distributed.launcher.api import LaunchConfig as C; print(C(1, 1, 1).shutdown_timeout)"
+    script = project / "ask.sh"
+    script.write_text(f"source scripts/environment.sh\n$PYTHON -c '{ask}'\n")
+    assert int(bash(project, "ask.sh").stdout) == 300
+
+
 def start_and_stop(project, out, sign):
     """`bash bash.sh` until it says `sign`, then SIGTERM; its status and what it said."""
     command = ["bash", "bash.sh", "--epochs", "1", "--warmup_epochs", "0.1", "--batch_size", "256"]
@@ -110,6 +117,6 @@ def test_a_training_that_is_told_to_stop_goes_on_with_the_same_command(project):
     out = project / "stopped"
     status, said = start_and_stop(project, out, "steps of 256 pairs")
     assert status == 143, said
-    assert list(out.glob("checkpoint-0-*"))
+    assert list(out.glob("checkpoint-0-*")), said
     status, said = start_and_stop(project, out, "going on with epoch 0, step")
     assert status == 143, said
