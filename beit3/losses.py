@@ -52,7 +52,8 @@ def masked_token_losses(logits: Tensor, targets: Tensor, smoothing: float) -> Te
     puts s/V on every token; s = ε·V/(V-1) makes the two the same up to the entropy of the target, a constant.
 
     Args:
-        logits: (n, V). targets: (n,) token ids. smoothing: ε in [0, 1).
+        logits: (n, V); where they want a gradient it is put in their place, so what else they are for comes first.
+        targets: (n,) token ids. smoothing: ε in [0, 1).
 
     Returns:
         (n,) in fp32.
@@ -61,28 +62,31 @@ def masked_token_losses(logits: Tensor, targets: Tensor, smoothing: float) -> Te
     entropy = 0.0
     if smoothing > 0:
         entropy = (1 - smoothing) * math.log(1 - smoothing) + smoothing * math.log(smoothing / (vocab - 1))
-    return _SmoothedCrossEntropy.apply(logits, targets, smoothing * vocab / (vocab - 1)) + entropy
+    smoothing = smoothing * vocab / (vocab - 1)
+    if torch.is_grad_enabled() and logits.requires_grad:
+        return _SmoothedCrossEntropy.apply(logits, targets, smoothing) + entropy
+    return F.cross_entropy(logits.float(), targets, reduction="none", label_smoothing=smoothing) + entropy
 
 
 class _SmoothedCrossEntropy(torch.autograd.Function):
-    """F.cross_entropy(logits.float(), targets, reduction="none", label_smoothing=s), in a quarter of the memory.
+    """F.cross_entropy(logits.float(), targets, reduction="none", label_smoothing=s), without any other (n, V).
 
-    The gradient is made in the forward pass, where the probabilities are at hand, in the place where these are: one
-    (n, V) in all. The backward pass scales it in place, so there can be one only; PyTorch says so if a second is tried.
+    The gradient is made in the forward pass, where the probabilities are at hand, and in the logits' own memory. The
+    backward pass scales it there, so there can be one only. PyTorch says so if a second is tried, or if another
+    function's backward pass would read the logits.
     """
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor, smoothing: float) -> Tensor:
         vocab = logits.shape[1]
         losses = logits.new_empty(logits.shape[0], dtype=torch.float32)
-        gradient = torch.empty_like(logits)
+        gradient = logits.detach()  # shares memory, and the counter by which autograd sees that it was written to
         for rows in _few_rows(logits):
-            x, true = logits[rows].float(), targets[rows, None]
-            p = torch.softmax(x, dim=1, out=gradient[rows] if logits.dtype == torch.float32 else None)
-            log_sum = x.amax(dim=1) - p.amax(dim=1).log()  # the largest probability is never too small for this
-            log_p_true = x.gather(1, true).squeeze(1) - log_sum
-            sum_of_log_p = x.sum(dim=1) - vocab * log_sum
-            losses[rows] = -(1 - smoothing) * log_p_true - smoothing / vocab * sum_of_log_p
+            x, true = gradient[rows].float(), targets[rows, None]
+            x_true, x_max, x_sum = x.gather(1, true).squeeze(1), x.amax(dim=1), x.sum(dim=1)
+            p = torch.softmax(x, dim=1, out=x)
+            log_sum = x_max - p.amax(dim=1).log()  # the largest probability is never too small for this
+            losses[rows] = (smoothing - 1) * (x_true - log_sum) - smoothing / vocab * (x_sum - vocab * log_sum)
             p.sub_(smoothing / vocab).scatter_add_(1, true, p.new_full(true.shape, smoothing - 1))
             if logits.dtype != torch.float32:
                 gradient[rows] = p

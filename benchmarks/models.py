@@ -316,11 +316,10 @@ def idea_row(idea: str, pixels: int, pictures: int, settings: Settings) -> list[
 def loss_row(rows: int, settings: Settings) -> list[Line]:
     """The fused loss against the one written out, forward and backward; other side: one-hot vectors."""
     device = settings.device
-    logits, targets = loss_inputs(rows, device)
-    losses = [loss(logits, targets, SMOOTHING) for loss in LOSSES.values()]
+    steps = [loss_step(loss, rows, device) for loss in LOSSES.values()]
+    losses, gradients = zip(*(step() for step in steps), strict=True)
     check_close("loss", losses, "fp32")
-    check_close("gradient", [torch.autograd.grad(loss.mean(), logits)[0] for loss in losses], "fp32")
-    steps = [partial(loss_and_gradient, loss, logits, targets) for loss in LOSSES.values()]
+    check_close("gradient", gradients, "fp32")
     our_times, peer_times = interleave([partial(repeat, step, 5) for step in steps], settings.many_repeats, device)
     what = f"caption loss and its gradient, {rows} × {VOCABULARY}, fp32"
     time = Line(what, "losses/s", rates(5, our_times), rates(5, peer_times), Reach("≥", 10))
@@ -336,23 +335,26 @@ def loss_row(rows: int, settings: Settings) -> list[Line]:
 LOSSES = {"ours": masked_token_losses, "peer": one_hot_loss}
 
 
-def loss_inputs(rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def loss_step(loss: Callable[..., Tensor], rows: int, device: torch.device) -> Callable[[], tuple[Tensor, Tensor]]:
+    """A call that gives the losses and the gradient of their mean, the same each time."""
     torch.manual_seed(0)
-    logits = torch.randn(rows, VOCABULARY, device=device, requires_grad=True)
-    return logits, torch.randint(4, VOCABULARY, (rows,), device=device)
+    logits = torch.randn(rows, VOCABULARY, device=device)
+    targets = torch.randint(4, VOCABULARY, (rows,), device=device)
+    used_up = torch.empty_like(logits)
 
+    def step() -> tuple[Tensor, Tensor]:
+        x = used_up.detach().copy_(logits).requires_grad_()  # one side puts the gradient in their place
+        losses = loss(x, targets, SMOOTHING)
+        return losses.detach(), torch.autograd.grad(losses.mean(), x)[0]
 
-def loss_and_gradient(loss: Callable[..., Tensor], logits: Tensor, targets: Tensor) -> None:
-    loss(logits, targets, SMOOTHING).mean().backward()
-    logits.grad = None
+    return step
 
 
 def loss_peak(name: str, rows: int) -> float:
     """Megabytes by which a process grows for one loss and its gradient."""
-    loss = LOSSES[name]
-    loss_and_gradient(loss, *loss_inputs(1, torch.device("cpu")))  # what is set up once, is set up
-    logits, targets = loss_inputs(rows, torch.device("cpu"))
-    return memory.peak_growth(partial(loss_and_gradient, loss, logits, targets))
+    once, step = (loss_step(LOSSES[name], number, torch.device("cpu")) for number in (1, rows))
+    once()  # what is set up once
+    return memory.peak_growth(step)
 
 
 def repeat(call: Callable[[], object], times: int) -> None:

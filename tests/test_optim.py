@@ -119,17 +119,29 @@ def test_masked_token_loss_is_the_divergence_from_the_smoothed_target(smoothing,
     torch.manual_seed(0)
     monkeypatch.setattr(losses, "_few_rows", lambda values: [slice(0, 2), slice(2, 4), slice(4, 6)])
     logits = torch.randn(5, 11).to(dtype).requires_grad_()
-    exact = logits.detach().float().requires_grad_()
+    exact = logits.detach().float().clone().requires_grad_()
     targets = torch.tensor([0, 3, 10, 3, 7])
     weights = torch.tensor([0.5, 0.0, 1.0, 2.0, 1.0])  # dropped positions count nothing
+    with torch.no_grad():
+        untouched = masked_token_losses(logits, targets, smoothing)
     got, expected = masked_token_losses(logits, targets, smoothing), divergence(exact, targets, smoothing)
+    torch.testing.assert_close(untouched, expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
-    (got * weights).sum().backward()
+    (gradient,) = torch.autograd.grad((got * weights).sum(), logits, retain_graph=True)
     (expected * weights).sum().backward()
     tolerance = 1e-6 if dtype == torch.float32 else 0.02
-    torch.testing.assert_close(logits.grad.float(), exact.grad, rtol=tolerance, atol=tolerance)
-    with torch.no_grad():
-        torch.testing.assert_close(masked_token_losses(logits, targets, smoothing), got, rtol=0, atol=0)
+    torch.testing.assert_close(gradient.float(), exact.grad, rtol=tolerance, atol=tolerance)
+    assert gradient.data_ptr() == logits.data_ptr()  # no other array of that size
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(got.sum(), logits)
+
+
+def test_a_function_that_needs_the_logits_after_the_loss_took_them_is_refused():
+    logits = torch.randn(2, 5, requires_grad=True)
+    squares = logits.square().sum()
+    total = squares + masked_token_losses(logits, torch.tensor([1, 2]), 0.1).sum()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        total.backward()
 
 
 def test_all_rows_come_once_a_few_at_a_time():
