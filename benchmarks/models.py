@@ -340,7 +340,7 @@ def loss_step(loss: Callable[..., Tensor], rows: int, device: torch.device) -> C
     torch.manual_seed(0)
     logits = torch.randn(rows, VOCABULARY, device=device)
     targets = torch.randint(4, VOCABULARY, (rows,), device=device)
-    used_up = torch.empty_like(logits)
+    used_up = logits.clone()
 
     def step() -> tuple[Tensor, Tensor]:
         x = used_up.detach().copy_(logits).requires_grad_()  # one side puts the gradient in their place
