@@ -11,6 +11,7 @@ from typing import IO, Any
 from beit3.errors import InputError
 
 CHUNK = 1 << 20  # characters read at a time
+MARGIN = 1 << 14  # characters of the window's end where an element may be cut off, so more is read first
 MAX_VALUE = 1 << 26  # characters of one element; the largest of VQA v2 and COCO have a few thousand
 
 _skip_space = re.compile(r"[ \t\n\r]*").match
@@ -75,7 +76,11 @@ class _Window:
         Nearly all elements of an official file, and nothing has to be looked at twice for them.
         """
         self.peek()  # behind white space
+        limit = len(self.text) - MARGIN
         while True:
+            if self.at > limit:
+                # Finding out by an error is slow: it counts the window's lines.
+                limit = len(self.text) - MARGIN if self.read_more() else len(self.text)
             try:
                 value, end = _scan(self.text, self.at)
             except (StopIteration, ValueError, RecursionError):

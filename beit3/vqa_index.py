@@ -36,9 +36,10 @@ NUM_REST_VAL_IMAGES = 1000  # validation images whose questions are kept for val
 BATCH = 4096  # questions tokenized at a time
 STRING = frozenset({str})
 ANSWER = itemgetter("answer")
+LINE = itemgetter(1)  # of a pair (image id, line of the index)
 
 Progress = Callable[[int], object]
-Answers = tuple[list[int], list[float]]  # labels and their scores
+Answers = tuple[list[str], list[str]]  # labels and their scores, as JSON writes them
 Question = tuple[int, int, str, Answers]  # question id, image id, text; no answers where they are not known
 
 
@@ -123,10 +124,10 @@ def make_vqa_index(
             file_of = dict(zip((*INDEX_NAMES, "answers"), files, strict=True))
             file_of["answers"].writelines(answer_lines(answers))
             for split in (TRAIN, TEST, TEST_DEV):
-                file_of[split.index].writelines(line for _, line in builders[split].lines(bar.update))
+                file_of[split.index].writelines(map(LINE, builders[split].lines(bar.update)))
             val = list(builders[VAL].lines(bar.update))
             rest_val = choose_rest_val((image for image, _ in val), seed)
-            file_of["val"].writelines(line for _, line in val)
+            file_of["val"].writelines(map(LINE, val))
             file_of["rest_val"].writelines(line for image, line in val if image in rest_val)
             file_of["trainable_val"].writelines(line for image, line in val if image not in rest_val)
             findings.raise_any()
@@ -162,6 +163,22 @@ def list_pictures(data: Path, folder: str) -> tuple[dict[int, str], list[str]]:
     if not pictures:
         problems.append(f"{path}: no picture in it, such as COCO_{folder}_000000000001.jpg")
     return pictures, problems
+
+
+class Numbering(dict[str, int]):
+    """Text → its number, by order of first appearance."""
+
+    def __missing__(self, text: str) -> int:
+        number = self[text] = len(self)
+        return number
+
+
+class NumberTexts(dict[int, str]):
+    """Number → how JSON writes it, each made once: joined, they are a list's text in half the time."""
+
+    def __missing__(self, number: int) -> str:
+        text = self[number] = json.dumps(number)
+        return text
 
 
 @dataclass
@@ -201,29 +218,28 @@ class Labels:
         self.row_of: dict[int, int] = {}  # question id → row
         self.image_ids: list[int] = []  # -1: the file does not say
         self.answers, self.votes, self.ends = array("i"), array("i"), array("q", [0])
-        self.labels: list[int] = []
-        self.scores: list[float] = []
+        self.labels: list[str] = []
+        self.scores: list[str] = []
         self.label_ends: list[int] = []
 
-    def add(self, question_id: int, image_id: int, votes: dict[str, int], numbers: dict[str, int]) -> None:
+    def add(self, question_id: int, image_id: int, votes: dict[str, int], numbers: Numbering) -> None:
         """Add an annotation.
 
-        votes: answer → how many gave it, in order of first appearance. numbers: answer → its number, given to new ones.
+        votes: answer → how many gave it, in order of first appearance. numbers: takes in the new answers.
         """
         self.row_of[question_id] = len(self.image_ids)
         self.image_ids.append(image_id)
-        for answer, count in votes.items():
-            self.answers.append(numbers.setdefault(answer, len(numbers)))
-            self.votes.append(count)
+        self.answers.extend(map(numbers.__getitem__, votes))
+        self.votes.extend(votes.values())
         self.ends.append(len(self.answers))
 
     def resolve(self, label_of: np.ndarray) -> None:
         """Keep the answers that have a label. label_of: (numbers of answers,), -1 = not in the vocabulary."""
         labels = label_of[np.asarray(self.answers)]
         kept = labels >= 0
-        scores = np.array([vote_score(count) for count in range(11)])
-        self.labels = labels[kept].tolist()
-        self.scores = scores[np.minimum(np.asarray(self.votes)[kept], 10)].tolist()
+        scores = [json.dumps(vote_score(count)) for count in range(11)]
+        self.labels = list(map(NumberTexts().__getitem__, labels[kept].tolist()))
+        self.scores = list(map(scores.__getitem__, np.minimum(np.asarray(self.votes)[kept], 10).tolist()))
         self.label_ends = np.concatenate([[0], np.cumsum(kept)])[np.asarray(self.ends)].tolist()
 
     def of(self, row: int) -> Answers:
@@ -233,7 +249,7 @@ class Labels:
 
 def _read_labels(official: Path, findings: Findings, progress: Progress) -> tuple[dict[Split, Labels], list[str]]:
     """The labels of the annotated splits, and the answer vocabulary, which comes from both of them."""
-    numbers: dict[str, int] = {}  # raw answer → its number
+    numbers = Numbering()  # of the raw answers
     multiple_choice: Counter[str] = Counter()
     labels = {}
     for split in (TRAIN, VAL):  # in this order: it decides the labels
@@ -253,7 +269,7 @@ def _read_labels(official: Path, findings: Findings, progress: Progress) -> tupl
 
 
 def _read_annotations(
-    path: Path, numbers: dict[str, int], multiple_choice: Counter[str], findings: Findings, progress: Progress
+    path: Path, numbers: Numbering, multiple_choice: Counter[str], findings: Findings, progress: Progress
 ) -> Labels:
     """Read an annotation file; `numbers` and `multiple_choice` take in what is new."""
     labels = Labels()
@@ -293,6 +309,7 @@ class SplitBuilder:
         self.questions_path, self.annotations_path = official / split.questions, official / split.annotations
         self.pictures = pictures
         self.num_lines = 0
+        self.number_texts = NumberTexts()
         self.paths: dict[int, str] = {}  # of the pictures that have questions, as JSON
         self.without_picture = 0
         self.missing_pictures: set[int] = set()
@@ -301,6 +318,7 @@ class SplitBuilder:
     def lines(self, progress: Progress) -> Iterator[tuple[int, str]]:
         """Yield (image id, line of the index) in the order of the question file."""
         kept = self._kept(self._questions(progress))
+        text_of, join = self.number_texts.__getitem__, ", ".join
         while batch := list(islice(kept, BATCH)):
             for (question_id, image_id, _, answers), ids in zip(batch, self._tokenize(batch), strict=True):
                 if not ids:
@@ -311,11 +329,10 @@ class SplitBuilder:
                 if path is None:
                     path = self.paths[image_id] = json.dumps(self.pictures[image_id])
                 labels, scores = answers
-                # Lists of numbers print as JSON writes them, and faster.
                 yield (
                     image_id,
-                    f'{{"image_path": {path}, "text_segment": {ids}, "labels": {labels}, "scores": {scores}, '
-                    f'"qid": {question_id}}}\n',
+                    f'{{"image_path": {path}, "text_segment": [{join(map(text_of, ids))}], '
+                    f'"labels": [{join(labels)}], "scores": [{join(scores)}], "qid": {question_id}}}\n',
                 )
         if not self.num_lines and not self.findings.broken_files:
             what = f"{self.questions_path}: no question left ({self.without_label} without an answer in the vocabulary)"
