@@ -379,6 +379,17 @@ def test_the_elements_come_out_whatever_the_chunks(tmp_path, monkeypatch, chunk,
     assert sum(seen) == len(path.read_text())
 
 
+@pytest.mark.parametrize("margin", [0, 50, 10_000])
+@pytest.mark.parametrize("separators", [(", ", ": "), (",", ":"), (" ,\n", ": ")])
+def test_objects_come_out_wherever_the_window_ends(tmp_path, monkeypatch, margin, separators):
+    monkeypatch.setattr(json_stream, "CHUNK", 200)
+    monkeypatch.setattr(json_stream, "MARGIN", margin)
+    objects = [{"n": number, "text": "é" * (number % 97)} for number in range(300)]
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps({"x": objects}, separators=separators, ensure_ascii=False))
+    assert list(stream_array(path, "x")) == objects
+
+
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
