@@ -63,9 +63,10 @@ class Tokenizer:
         """
         texts = list(texts)
         ids = self._encode_plain(texts)
-        for row, text in enumerate(texts):
-            if "<" in text and _SPECIAL.search(text):
-                ids[row] = self._encode_with_specials(text)
+        if "<" in "".join(texts):  # seldom
+            for row, text in enumerate(texts):
+                if _SPECIAL.search(text):
+                    ids[row] = self._encode_with_specials(text)
         return ids
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:

@@ -34,7 +34,6 @@ from beit3.tokenizer import BatchEncoder, as_batch_encoder
 
 NUM_REST_VAL_IMAGES = 1000  # validation images whose questions are kept for validating; the rest is for training
 BATCH = 4096  # questions tokenized at a time
-STRING = frozenset({str})
 ANSWER = itemgetter("answer")
 LINE = itemgetter(1)  # of a pair (image id, line of the index)
 
@@ -166,9 +165,11 @@ def list_pictures(data: Path, folder: str) -> tuple[dict[int, str], list[str]]:
 
 
 class Numbering(dict[str, int]):
-    """Text → its number, by order of first appearance."""
+    """Text → its number, by order of first appearance. Raises TypeError for what is no text."""
 
     def __missing__(self, text: str) -> int:
+        if type(text) is not str:
+            raise TypeError(f"{text!r} is not a text")
         number = self[text] = len(self)
         return number
 
@@ -222,15 +223,12 @@ class Labels:
         self.scores: list[str] = []
         self.label_ends: list[int] = []
 
-    def add(self, question_id: int, image_id: int, votes: dict[str, int], numbers: Numbering) -> None:
-        """Add an annotation.
-
-        votes: answer → how many gave it, in order of first appearance. numbers: takes in the new answers.
-        """
+    def add(self, question_id: int, image_id: int, answers: Iterable[int], votes: Iterable[int]) -> None:
+        """Add an annotation: the numbers of its answers, in order of first appearance, and how many gave each."""
         self.row_of[question_id] = len(self.image_ids)
         self.image_ids.append(image_id)
-        self.answers.extend(map(numbers.__getitem__, votes))
-        self.votes.extend(votes.values())
+        self.answers.extend(answers)
+        self.votes.extend(votes)
         self.ends.append(len(self.answers))
 
     def resolve(self, label_of: np.ndarray) -> None:
@@ -280,7 +278,8 @@ def _read_annotations(
             for answer in map(ANSWER, entry["answers"]):
                 votes[answer] = votes.get(answer, 0) + 1
             most_common = entry["multiple_choice_answer"]
-            typed = type(question_id) is type(image_id) is int and STRING.issuperset(map(type, (most_common, *votes)))
+            answers = list(map(numbers.__getitem__, votes))
+            typed = type(question_id) is type(image_id) is int and type(most_common) is str
         except (KeyError, TypeError, AttributeError):
             typed = False
         if not typed:
@@ -289,7 +288,7 @@ def _read_annotations(
             findings.note(f"{path}: annotated more than once; question_id", question_id)
         else:
             multiple_choice[most_common] += 1
-            labels.add(question_id, image_id, votes, numbers)
+            labels.add(question_id, image_id, answers, votes.values())
     return labels
 
 
