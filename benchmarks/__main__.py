@@ -107,12 +107,14 @@ def processor() -> str:
 
 
 def commit() -> str:
-    """Short hash of what is checked out, with a + when files differ from it."""
-    described = subprocess.run(
-        ["git", "describe", "--always", "--dirty=+", "--exclude=*"],
-        cwd=RESULTS.parent, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    return described.stdout.strip() or "unknown"
+    """Short hash of what is checked out, with a + when files other than the results differ from it."""
+
+    def git(*command: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["git", *command], cwd=RESULTS.parent, capture_output=True, text=True, check=False)
+
+    described = git("describe", "--always", "--exclude=*").stdout.strip()
+    changed = git("diff", "--quiet", "HEAD", "--", ":(top)", f":(exclude){RESULTS.name}").returncode
+    return described + "+" * bool(changed) if described else "unknown"
 
 
 if __name__ == "__main__":
