@@ -68,7 +68,6 @@ Transform = Callable[[str, tuple[int, int, int]], Tensor]
 Item = dict[str, Any]
 
 MAX_SUBSTITUTES = 10  # where so many pictures drawn at random are bad, the data needs mending
-WORKERS_IGNORE = (signal.SIGINT, signal.SIGTERM)
 TEXT_MULTIPLE = 8  # batches are as long as their longest text, rounded up: few lengths, friendly to matrix units
 
 
@@ -566,20 +565,14 @@ def _collate(collate: Callable[[Sequence[Item]], dict[str, Tensor]], items: Sequ
     return batch
 
 
-def _set_up_worker(number: int) -> None:
-    """Launchers and terminals send signals to all processes; when to stop is for the process that trains to say."""
-    for signum in WORKERS_IGNORE:
-        signal.signal(signum, signal.SIG_IGN)
-
-
 class _Loader(DataLoader[dict[str, Any]]):
-    """A loader whose workers live through signals sent to all processes also while they start.
+    """A loader whose workers are deaf to Ctrl-C and SIGTERM, from their first moment on.
 
-    Until `_set_up_worker` runs in it a worker has PyTorch's handlers, under which SIGTERM ends it, and with it the run.
+    Launchers and terminals send signals to all processes; when to stop is for the process that trains to say.
     """
 
     def __iter__(self) -> Any:
-        held = signal.pthread_sigmask(signal.SIG_BLOCK, WORKERS_IGNORE)  # which a worker inherits
+        held = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))  # which a worker inherits
         try:
             return super().__iter__()
         finally:
@@ -606,7 +599,6 @@ def build_loader(
         collate_fn=functools.partial(_collate, dataset.collate),
         num_workers=num_workers,
         timeout=timeout_seconds if num_workers else 0,
-        worker_init_fn=_set_up_worker,
         # Where it can be had: forked workers share the rows of the data set, others get copies.
         multiprocessing_context="fork" if num_workers and sys.platform == "linux" else None,
         persistent_workers=num_workers > 0,

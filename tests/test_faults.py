@@ -122,7 +122,7 @@ def test_signals_end_a_run_after_a_checkpoint_and_it_goes_on_there(undisturbed, 
 
 
 def test_a_signal_to_all_processes_spares_a_worker_that_is_starting(data, alone, tmp_path):
-    """As torchrun sends it, here before the worker has said that such signals are not for it."""
+    """As torchrun sends it, here when the worker has just got PyTorch's handlers."""
     argv = chaos.command(data, tmp_path, False)
     ended = Run(argv, 1, signal_while_workers_start).wait()
     assert ended.statuses == [143], ended.output
@@ -133,14 +133,15 @@ def test_a_signal_to_all_processes_spares_a_worker_that_is_starting(data, alone,
 
 
 def signal_while_workers_start(rank):
-    set_up = datasets._set_up_worker
+    trainer, set_threads = os.getpid(), torch.set_num_threads
 
-    def set_up_late(number):
-        for process in (os.getppid(), os.getpid()):
-            os.kill(process, signal.SIGTERM)
-        set_up(number)
+    def set_num_threads(number):
+        if os.getpid() != trainer:
+            for process in (trainer, os.getpid()):
+                os.kill(process, signal.SIGTERM)
+        set_threads(number)
 
-    datasets._set_up_worker = set_up_late
+    torch.set_num_threads = set_num_threads
 
 
 def test_prediction_is_left_by_a_signal_without_half_a_submission(data, alone, tmp_path):
