@@ -308,7 +308,6 @@ class SplitBuilder:
         self.questions_path, self.annotations_path = official / split.questions, official / split.annotations
         self.pictures = pictures
         self.num_lines = 0
-        self.number_texts = NumberTexts()
         self.paths: dict[int, str] = {}  # of the pictures that have questions, as JSON
         self.without_picture = 0
         self.missing_pictures: set[int] = set()
@@ -317,7 +316,7 @@ class SplitBuilder:
     def lines(self, progress: Progress) -> Iterator[tuple[int, str]]:
         """Yield (image id, line of the index) in the order of the question file."""
         kept = self._kept(self._questions(progress))
-        text_of, join = self.number_texts.__getitem__, ", ".join
+        text_of, join = NumberTexts().__getitem__, ", ".join
         while batch := list(islice(kept, BATCH)):
             for (question_id, image_id, _, answers), ids in zip(batch, self._tokenize(batch), strict=True):
                 if not ids:
