@@ -70,7 +70,7 @@ def _linears(width: int) -> Multiway:
 def recomputes(device: str, features: int) -> bool:
     """Whether norms, and what joins picture and text, are made once more in the backward pass and not kept till then.
 
-    On a CPU they cost little beside matrix products and are over half of what would be kept. Not where a position has
+    On a CPU they cost little beside matrix products and are a third of what would be kept. Not where a position has
     few features, as in the demo's model: noting what is to be made again takes as long as making it. On a GPU they take
     as long as reading and writing them takes, so it does without; `checkpoint_activations` is there.
     """

@@ -71,7 +71,7 @@ class _Window:
                 return
 
     def _objects_in_sight(self) -> Iterator[Any]:
-        """Yield elements from here on for as long as the next one is an object that begins within the window.
+        """Yield elements from here on for as long as the next one is an object and no longer than `MARGIN`.
 
         Nearly all elements of an official file, and nothing has to be looked at twice for them.
         """
