@@ -173,8 +173,8 @@ def test_the_encoder_equals_a_slow_joint_sequence_encoder(causal, lengths):
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_computing_fewer_rows_of_the_last_layer_changes_no_output_and_no_gradient(causal):
-    encoder = small_encoder().train()
-    image = reference.images(1, 2, 32)
+    encoder = small_encoder().train().double()  # in fp32 processors differ in the last digits of sums
+    image = reference.images(1, 2, 32).double()
     ids, padding = reference.tokens(2, [7, 4], vocab_size=50, width=7)
     rows = {"image_rows": 0} if causal else {"image_rows": 1, "text_rows": 0}
     gradients = []
@@ -188,7 +188,7 @@ def test_computing_fewer_rows_of_the_last_layer_changes_no_output_and_no_gradien
     for name, gradient in whole.items():
         other = torch.zeros(()) if fewer[name] is None else fewer[name]
         zero = torch.zeros(()) if gradient is None else gradient
-        torch.testing.assert_close(other.expand_as(zero), zero, rtol=1e-4, atol=1e-6, msg=name)
+        torch.testing.assert_close(other.expand_as(zero).double(), zero.double(), rtol=1e-9, atol=1e-11, msg=name)
 
 
 def test_padding_never_changes_a_result():
