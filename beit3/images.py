@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import stat
 import zlib
 from collections.abc import Callable, Sequence
@@ -15,15 +16,46 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 import torch
 import torchvision  # noqa: F401  registers torch.ops.image
-from PIL import Image, ImageFile, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError, features
 
-FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".webp": "WEBP"}  # ending of a name → what must be inside
+FORMATS = {"JPEG": "JPEG", "PNG": "PNG", "WEBP": "WebP", "BMP": "BMP", "GIF": "GIF", "TIFF": "TIFF", "AVIF": "AVIF"}
+"""Pillow's names of the formats that are read → how people write them."""
 PIXEL_LIMIT = 50_000_000  # pixels; COCO's largest picture has 0.4 million, today's cameras reach 50 million
 SCREEN_LIMIT = 20  # a folder with this many bad pictures needs mending, not a longer list
 
 _BYTES_PER_PIXEL = 8  # uncompressed 16-bit RGBA, more than any honest file of the formats above needs
-_JPEG_START, _JPEG_END = b"\xff\xd8\xff", b"\xff\xd9"
+_JPEG_END = b"\xff\xd9"
 _PNG_START, _PNG_END = b"\x89PNG\r\n\x1a\n", b"\x00\x00\x00\x00IEND\xaeB`\x82"
+_GIF_END = b"\x3b"
+# What each format begins with; a dot stands for any byte. AVIF's last two brands are those of other pictures too.
+_STARTS = {
+    "JPEG": rb"\xff\xd8\xff",
+    "PNG": re.escape(_PNG_START),
+    "WEBP": rb"RIFF....WEBP",
+    "BMP": rb"BM",
+    "GIF": rb"GIF8[79]a",
+    "TIFF": rb"II\*\0|MM\0\*|II\+\0|MM\0\+",
+    "AVIF": rb"....ftyp(avif|avis|mif1|msf1)",
+}
+# What people have and what is not read: a start, and what to call it in the refusal.
+_STRANGERS = {
+    rb"....(jP  |ftypjp2)|\xff\x4f\xff\x51": "a JPEG 2000 picture",
+    rb"....ftyp(heic|heix|hevc|heim|heis)": "a HEIC picture",
+    rb"....JXL |\xff\x0a": "a JPEG XL picture",
+    rb"....ftyp|\x1a\x45\xdf\xa3": "a video",
+    rb"%!PS|\xc5\xd0\xd3\xc6": "a PostScript file",
+    rb"%PDF": "a PDF file",
+    rb"8BPS": "a Photoshop file",
+    rb"P[1-7]\s": "a netpbm picture",
+    rb"(?i)\s*(<\?xml[^>]*>\s*)?(<!doctype svg|<svg)": "an SVG drawing",
+    rb"(?i)\s*<(!doctype html|html|head|body)": "an HTML page",
+    rb"\s*<": "a page of markup",
+    rb"version https://git-lfs": "a Git LFS pointer, not the file itself",
+    rb"PK\x03\x04": "a zip archive",
+    rb"\x1f\x8b": "a gzip archive",
+    rb"\0{16}": "zeros",
+}
+_HEAD = 256  # bytes that tell what a file is
 _RGB = 3  # torchvision.io.ImageReadMode.RGB
 _CHUNK = 512  # files per job when screening: a job per file would cost more than the check
 
@@ -43,7 +75,9 @@ def decode_image(path: str | os.PathLike[str], pixel_limit: int = PIXEL_LIMIT) -
     """Reads and decodes one picture.
 
     Args:
-        path: a JPEG, PNG or WebP file whose name ends accordingly.
+        path: a JPEG, PNG, WebP, BMP, GIF, TIFF or AVIF file. Its content tells which; its name is of no account, as
+            the official data of COCO, NLVR2 and ImageNet hold PNG under .jpg, JPEG under .png and PNG under .JPEG.
+            Of several frames or pages it is the first. AVIF is read where Pillow was built with it.
         pixel_limit: width x height that the header may announce, in pixels.
 
     Returns:
@@ -52,8 +86,8 @@ def decode_image(path: str | os.PathLike[str], pixel_limit: int = PIXEL_LIMIT) -
         16-bit grey pictures the high byte is taken, where Pillow clips nearly everything to white.
 
     Raises:
-        ImageError: the file is missing or no plain file, of another format than its name says, over the pixel limit,
-            truncated or corrupt. Memory stays bounded by the pixel limit whatever the file claims.
+        ImageError: the file is missing or no plain file, of none of these formats, over the pixel limit, truncated or
+            corrupt. Memory stays bounded by the pixel limit whatever the file claims.
     """
     data = _read(path, byte_limit=_BYTES_PER_PIXEL * pixel_limit)
     image = _open(path, data, pixel_limit)  # parses the header only
@@ -152,26 +186,46 @@ def _read(path: str | os.PathLike[str], byte_limit: int) -> bytearray:
 
 def _open(path: str | os.PathLike[str], data: bytearray, pixel_limit: int) -> Image.Image:
     """The picture with its header read and judged, its pixels still undecoded."""
-    ending = os.path.splitext(path)[1].lower()
-    if ending not in FORMATS:
-        raise ImageError(path, f"a picture's name must end in one of {', '.join(FORMATS)}")
+    head = bytes(data[:_HEAD])
+    format = _format_of(head)
+    if format is None:
+        raise ImageError(path, f"not a {_known_formats()} picture but {_describe_stranger(head)}")
+    if format == "AVIF" and not features.check("avif"):
+        raise ImageError(path, "an AVIF picture, which the installed Pillow cannot read: install Pillow 11.3 or newer")
     too_large = f"more pixels than the limit of {pixel_limit / 1e6:g} megapixels"
     try:
-        image = Image.open(io.BytesIO(data), formats=sorted(set(FORMATS.values())))
+        image = Image.open(io.BytesIO(data), formats=[format])
     except UnidentifiedImageError as error:
-        start = bytes(data[:8])
-        raise ImageError(path, f"not a JPEG, PNG or WebP picture, or its header is corrupt: {start!r}…") from error
+        raise ImageError(path, f"begins as {FORMATS[format]} data but its header is corrupt: {head[:16]!r}…") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # Pillow's own, higher limit
         raise ImageError(path, too_large) from error
     except Exception as error:  # as in decode_image
-        raise ImageError(path, f"corrupt header ({_first_line(error)})") from error
-    if image.format == "MPO":  # a JPEG with further pictures behind it, as some cameras write
-        image.format = "JPEG"
-    if image.format != FORMATS[ending]:
-        raise ImageError(path, f"holds {image.format} data, which its name denies: rename or convert it")
+        raise ImageError(path, f"corrupt header of {FORMATS[format]} data ({_first_line(error)})") from error
+    image.format = format  # Pillow says MPO of a JPEG with further pictures behind it, as some cameras write
     if image.width * image.height > pixel_limit:
         raise ImageError(path, f"{image.width}x{image.height}, {too_large}")
     return image
+
+
+def _format_of(head: bytes) -> str | None:
+    """Pillow's name of the format that a file with these first bytes has; None if it is none that is read."""
+    for format, start in _STARTS.items():
+        if re.match(start, head, re.DOTALL):
+            return format
+    return None
+
+
+def _known_formats() -> str:
+    *names, last = FORMATS.values()
+    return f"{', '.join(names)} or {last}"
+
+
+def _describe_stranger(head: bytes) -> str:
+    """What a file of no known format seems to be, and its first bytes."""
+    for start, name in _STRANGERS.items():
+        if re.match(start, head, re.DOTALL):
+            return f"{name}: {head[:16]!r}…"
+    return f"something else: {head[:16]!r}…"
 
 
 def _check_png_chunks(data: bytearray) -> None:
@@ -196,7 +250,7 @@ def _check_png_chunks(data: bytearray) -> None:
 def _decode_with_pillow(image: Image.Image) -> torch.Tensor:
     """uint8 (3, H, W), stored as (H, W, 3); for what torchvision does not decode, or not to RGB of 8 bits."""
     ImageFile.LOAD_TRUNCATED_IMAGES = False  # other libraries switch it on for the whole process
-    if image.mode.startswith("I"):  # 16-bit grey
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):  # 16-bit grey
         grey = (np.asarray(image) >> 8).astype(np.uint8)
         pixels = np.repeat(grey[:, :, None], 3, axis=2)
     elif image.mode == "P" and "transparency" in image.info:
@@ -222,27 +276,30 @@ def _screen_chunk(files: Sequence[str], limit: int) -> list[str]:
 
 
 def _looks_whole(file: str) -> bool:
-    """Whether the first and last bytes are those of a whole picture of the format that the name says."""
+    """Whether the first and last bytes are those of a whole picture of one format."""
     try:
         status = os.stat(file)
         if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
             return False
         size, descriptor = status.st_size, os.open(file, os.O_RDONLY)
         try:
-            head, tail = os.pread(descriptor, 24, 0), os.pread(descriptor, 12, max(0, size - 12))
+            head, tail = os.pread(descriptor, 32, 0), os.pread(descriptor, 12, max(0, size - 12))
         finally:
             os.close(descriptor)
     except OSError:
         return False
-    wanted = FORMATS.get(os.path.splitext(file)[1].lower())
-    if wanted == "JPEG":
-        return head.startswith(_JPEG_START) and tail.endswith(_JPEG_END)
-    if wanted == "PNG":  # its first chunk is the header, so the size lies at a fixed place
+    format = _format_of(head)
+    if format == "JPEG":
+        return tail.endswith(_JPEG_END)
+    if format == "PNG":  # its first chunk is the header, so the size lies at a fixed place
         width, height = int.from_bytes(head[16:20], "big"), int.from_bytes(head[20:24], "big")
-        return head.startswith(_PNG_START) and tail == _PNG_END and 0 < width * height <= PIXEL_LIMIT
-    if wanted == "WEBP":
-        return head[:4] == b"RIFF" and head[8:12] == b"WEBP" and int.from_bytes(head[4:8], "little") + 8 == size
-    return False
+        return tail == _PNG_END and 0 < width * height <= PIXEL_LIMIT
+    if format == "WEBP":
+        return int.from_bytes(head[4:8], "little") + 8 == size
+    if format == "GIF":
+        width, height = int.from_bytes(head[6:8], "little"), int.from_bytes(head[8:10], "little")
+        return tail.endswith(_GIF_END) and 0 < width * height <= PIXEL_LIMIT
+    return False  # the others are decoded: their ends tell nothing, and collections of them are rare
 
 
 def _per_channel(value: float | Sequence[float], device: torch.device) -> float | torch.Tensor:
