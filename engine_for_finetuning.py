@@ -16,10 +16,11 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import utils
-from beit3.backends import Backend
-from beit3.ema import ModelEma
-from beit3.images import normalize
-from datasets import EpochSampler, ImageTextDataset
+from beit3.data.image_text import ImageTextDataset
+from beit3.data.images import normalize
+from beit3.data.loading import EpochSampler
+from beit3.training.backends import Backend
+from beit3.training.ema import ModelEma
 from optim_factory import set_learning_rate
 from tasks import Record, Task
 

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from timm.models import register_model
 from torch import Tensor, nn
 
-from beit3.encoder import BEiT3, EncoderConfig
-from beit3.losses import contrastive_loss
+from beit3.model.encoder import BEiT3, EncoderConfig
+from beit3.model.losses import contrastive_loss
 
 # Sizes of the encoder.
 SIZES = {

@@ -24,22 +24,23 @@ import torch
 from torch.utils.data import DataLoader
 
 import utils
-from beit3.augmentation import CROP_SCALE, INTERPOLATIONS
-from beit3.backends import DTYPES, Backend, BackendSettings, PlainBackend, choose_precision
-from beit3.checkpoints import versions
-from beit3.compilation import compile_layers
-from beit3.ema import ModelEma
-from beit3.errors import BadImageError, CheckpointError, InputError
-from beit3.files import atomic_write
-from beit3.images import screen_images
-from beit3.machine import free_memory
-from beit3.memory import GIGABYTE, training_demand
-from beit3.weights import Checkpoint, load_weights, read_checkpoint
-from datasets import EpochSampler, EvaluationSampler, ImageTextDataset, build_loader
+from beit3.data.augmentation import CROP_SCALE, INTERPOLATIONS
+from beit3.data.image_text import ImageTextDataset
+from beit3.data.images import screen_images
+from beit3.data.loading import EpochSampler, EvaluationSampler, build_loader
+from beit3.model.compilation import compile_layers
+from beit3.model.weights import Checkpoint, load_weights, read_checkpoint
+from beit3.system.atomic_files import atomic_write
+from beit3.system.errors import BadImageError, CheckpointError, InputError
+from beit3.system.machine import free_memory
+from beit3.training.backends import DTYPES, Backend, BackendSettings, PlainBackend, choose_precision
+from beit3.training.checkpoints import versions
+from beit3.training.ema import ModelEma
+from beit3.training.memory_estimate import GIGABYTE, training_demand
 from engine_for_finetuning import EpochState, TrainingRun, Validation, evaluate, summarize, train_one_epoch, validate
 from modeling_finetune import MODEL_NAMES, BEiT3Model
 from optim_factory import cosine_schedule, create_optimizer, parameter_groups
-from run_state import Keeper, Keeping, Progress, find_resumable, write_log
+from runs.state import Keeper, Keeping, Progress, find_resumable, write_log
 from tasks import PLANNED, TASKS, Record, Task, TaskSettings
 
 logger = logging.getLogger(__name__)
@@ -424,7 +425,7 @@ def build_backend(args: argparse.Namespace, model: BEiT3Model, settings: Backend
         groups, args.opt, lr=args.lr, eps=args.opt_eps, betas=tuple(args.opt_betas), momentum=args.momentum
     )
     if args.enable_deepspeed:
-        from beit3.deepspeed_backend import DeepSpeedBackend
+        from beit3.training.deepspeed_backend import DeepSpeedBackend
 
         return DeepSpeedBackend(model, optimizer, settings)
     return PlainBackend(model, optimizer, settings)
@@ -583,7 +584,7 @@ def make_fingerprint(
     train_set: ImageTextDataset,
     val_set: ImageTextDataset,
 ) -> dict[str, Any]:
-    """What must be the same for a run to go on: plain values, see `beit3.checkpoints`."""
+    """What must be the same for a run to go on: plain values, see `beit3.training.checkpoints`."""
     recipe = {f"--{name}": getattr(args, name) for name in RECIPE}
     recipe["precision"] = choose_precision(args.precision, process.device)
     recipe["pairs per step"] = args.batch_size * args.update_freq * process.world_size

@@ -254,7 +254,7 @@ def set_up_logging(is_main: bool) -> None:
         "datasets",
         "tasks",
         "engine_for_finetuning",
-        "run_state",
+        "runs",
         "modeling_finetune",
         "run_beit3_finetuning",
         "__main__",

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from beit3.machine import cores
+from beit3.system.machine import cores
 from benchmarks import gpu, models, pictures, questions, runs
 from benchmarks.table import HEADER, Row, Settings, read_sections, run_row, write_sections
 

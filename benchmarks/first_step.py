@@ -5,7 +5,7 @@ import sys
 from typing import Any
 
 import run_beit3_finetuning
-from beit3.backends import PlainBackend
+from beit3.training.backends import PlainBackend
 
 DONE = "the first step is done"
 

@@ -15,17 +15,17 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from beit3.augmentation import TrainTransform
-from beit3.backends import BackendSettings, PlainBackend
-from beit3.generation import generate
-from beit3.machine import cores
-from beit3.tokenizer import EOS_ID
+from beit3.data.augmentation import TrainTransform
+from beit3.data.tokenizer import EOS_ID
+from beit3.system.machine import cores
+from beit3.training.backends import BackendSettings, PlainBackend
 from benchmarks import models
 from benchmarks.models import MASK_ID, TASK_NAMES, make_batch, make_config, our_loss
 from benchmarks.pictures import make_pictures
 from benchmarks.table import Line, Reach, Row, Settings, rates, seconds
 from modeling_finetune import HEADS
 from optim_factory import create_optimizer, parameter_groups
+from tasks.captioning.generation import generate
 from tests import reference
 
 PIXELS = 480

@@ -18,15 +18,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from beit3.encoder import EncoderConfig
-from beit3.generation import generate
-from beit3.losses import masked_token_losses, soft_answer_loss
-from beit3.tokenizer import EOS_ID, PAD_ID
+from beit3.data.image_text import TEXT_MULTIPLE
+from beit3.data.tokenizer import EOS_ID, PAD_ID
+from beit3.model.encoder import EncoderConfig
+from beit3.model.losses import masked_token_losses, soft_answer_loss
 from benchmarks import memory
 from benchmarks.peers import PEERS, CachedDecoder, one_hot_loss, per_beam_search
 from benchmarks.table import Line, Reach, Row, Settings, interleave, rates
-from datasets import TEXT_MULTIPLE
 from modeling_finetune import HEADS, SIZES, VQA_ANSWERS
+from tasks.captioning.generation import generate
 from tests import reference
 
 VOCABULARY, MASK_ID = 64010, 64001
@@ -133,7 +133,7 @@ def autocast(dtype: str, device: torch.device) -> AbstractContextManager[Any]:
 
 
 def train_step(model: nn.Module, loss: Callable[[], Tensor], dtype: str, device: torch.device) -> None:
-    """Forward, loss and backward, as `beit3.backends` does them; the gradients are thrown away."""
+    """Forward, loss and backward, as `beit3.training.backends` does them; the gradients are thrown away."""
     with autocast(dtype, device):
         value = loss()
     value.backward()
@@ -255,7 +255,7 @@ def captions_together_row(size: str, pixels: int, together: int, settings: Setti
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """As `beit3.encoder.Attention.attend`, with all scores in memory and their softmax in fp32."""
+    """As `beit3.model.encoder.Attention.attend`, with all scores in memory and their softmax in fp32."""
     scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * q.shape[-1] ** -0.5
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
@@ -272,8 +272,8 @@ def texts_filled_up(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def with_patch(name: str, replacement: Any, model: nn.Module, batch: Batch) -> Tensor:
-    """With something of `beit3.encoder` replaced."""
-    with patch(f"beit3.encoder.{name}", replacement):
+    """With something of `beit3.model.encoder` replaced."""
+    with patch(f"beit3.model.encoder.{name}", replacement):
         return answer_logits(model, batch)
 
 

@@ -21,8 +21,7 @@ import torchvision.transforms.functional as TF
 from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor, nn
 
-from beit3.answers import MIN_ANSWER_COUNT, normalize_word, vote_score
-from beit3.augmentation import (
+from beit3.data.augmentation import (
     ENHANCE_FACTOR,
     FILL,
     N_OPERATIONS,
@@ -34,9 +33,10 @@ from beit3.augmentation import (
     Key,
     crop_box,
 )
-from beit3.encoder import FIRST_POSITION, EncoderConfig
-from beit3.vqa_index import SPLITS, Split
+from beit3.model.encoder import FIRST_POSITION, EncoderConfig
 from modeling_finetune import VQA_ANSWERS, Pooler
+from tasks.vqav2.answers import MIN_ANSWER_COUNT, normalize_word, vote_score
+from tasks.vqav2.index import SPLITS, Split
 
 PACKAGES = Path(__file__).parent / ".peers"
 BOS, EOS = 0, 2
@@ -181,8 +181,8 @@ def per_beam_search(
 ) -> list[list[int]]:
     """Best captions of a batch: candidates are walked one by one in Python, and finished pictures go on with the rest.
 
-    The rules are those of `beit3.generation.generate`. predict: sees batch * num_beams rows, the beams of a picture
-    one after the other.
+    The rules are those of `tasks.captioning.generation.generate`. predict: sees batch * num_beams rows, the beams of a
+    picture one after the other.
     """
     rows = batch * num_beams
     tokens = torch.full((rows, 1), BOS, device=device)

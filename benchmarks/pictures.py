@@ -17,11 +17,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from beit3.augmentation import TrainTransform
-from beit3.images import normalize
+from beit3.data.augmentation import TrainTransform
+from beit3.data.image_text import Transform
+from beit3.data.images import normalize
 from benchmarks.peers import PillowTransform
 from benchmarks.table import Line, Reach, Row, Settings, interleave, rates
-from datasets import Transform
 
 BATCH = 16
 QUALITY = 92  # of the JPEGs: some 100 KB each, as COCO's are (its pictures are 640 × 480 too)

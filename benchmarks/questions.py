@@ -20,14 +20,14 @@ from typing import Any
 
 import sentencepiece
 
-from beit3 import vqa_index
-from beit3.augmentation import EvalTransform
-from beit3.vqa_index import SPLITS, TEST, TEST_DEV, TRAIN, VAL, Split
+from beit3.data.augmentation import EvalTransform
 from benchmarks import memory
 from benchmarks.peers import plain_index, plain_rows
 from benchmarks.pictures import make_pictures
 from benchmarks.table import Line, Reach, Row, Settings, interleave, rates
 from datasets import VQAv2Dataset
+from tasks.vqav2 import index as vqa_index
+from tasks.vqav2.index import SPLITS, TEST, TEST_DEV, TRAIN, VAL, Split
 
 # Questions and pictures of VQA v2.
 QUESTIONS = {TRAIN: 443_757, VAL: 214_354, TEST: 447_793, TEST_DEV: 107_394}

@@ -22,7 +22,7 @@ from benchmarks.table import Line, Row, Settings, interleave, rates, seconds
 from datasets import EvaluationSampler, VQAv2Dataset, build_loader
 from engine_for_finetuning import evaluate
 from tasks import TaskSettings
-from tasks.vqav2 import VQAv2
+from tasks.vqav2.task import VQAv2
 from tests import reference
 
 ROOT = Path(__file__).parent.parent

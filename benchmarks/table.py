@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from beit3.files import atomic_write
+from beit3.system.atomic_files import atomic_write
 
 logger = logging.getLogger(__name__)
 

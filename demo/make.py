@@ -29,7 +29,7 @@ from typing import Any
 import sentencepiece
 from PIL import Image
 
-from beit3.errors import InputError
+from beit3.system.errors import InputError
 from demo.scenes import BACKGROUNDS, BLIND_GREY, PICTURE_SIZE, Scene, draw, pick_scenes, share_out
 from demo.texts import ANSWER_TYPES, Question, Questioner, captions, ten_answers, tokens
 

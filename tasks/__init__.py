@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from tasks.base import Record, Task, TaskSettings
-from tasks.captioning import Captioning, NoCaps
-from tasks.vqav2 import VQAv2
+from tasks.captioning.task import Captioning, NoCaps
+from tasks.vqav2.task import VQAv2
 
 TASKS: dict[str, type[Task]] = {task.name: task for task in (VQAv2, Captioning, NoCaps)}
 # Names of `--task` that are accepted and not there yet.

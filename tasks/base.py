@@ -14,9 +14,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from beit3.augmentation import EvalTransform, TrainTransform
-from beit3.tokenizer import Tokenizer
-from datasets import ImageTextDataset
+from beit3.data.augmentation import EvalTransform, TrainTransform
+from beit3.data.image_text import ImageTextDataset
+from beit3.data.tokenizer import Tokenizer
 
 Record = dict[str, Any]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from beit3.errors import InputError
+from beit3.system.errors import InputError
 from tasks import TASKS
 
 

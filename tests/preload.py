@@ -5,7 +5,7 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import run_beit3_finetuning  # noqa: F401
-from beit3.deepspeed_backend import import_deepspeed
+from beit3.training.deepspeed_backend import import_deepspeed
 
 import_deepspeed()
 

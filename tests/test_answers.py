@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from beit3.answers import (
+from beit3.system.errors import InputError
+from datasets import normalize_word as normalize_word_of_datasets
+from tasks.vqav2.answers import (
     answer_accuracy,
     answer_lines,
     build_answer_vocabulary,
@@ -15,8 +17,6 @@ from beit3.answers import (
     vote_score,
     vqa_accuracy,
 )
-from beit3.errors import InputError
-from datasets import normalize_word as normalize_word_of_datasets
 
 DATA = Path(__file__).parent / "data"
 PAIRS = json.loads((DATA / "normalize.json").read_text())

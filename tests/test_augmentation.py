@@ -12,10 +12,10 @@ import pytest
 import torch
 from PIL import Image, ImageEnhance, ImageOps
 
-from beit3 import augmentation
-from beit3.augmentation import OPERATIONS, EvalTransform, TrainTransform, crop_box, rand_augment, resize
-from beit3.errors import InputError
-from beit3.images import ImageError
+from beit3.data import augmentation
+from beit3.data.augmentation import OPERATIONS, EvalTransform, TrainTransform, crop_box, rand_augment, resize
+from beit3.data.images import ImageError
+from beit3.system.errors import InputError
 
 GREY = 128
 

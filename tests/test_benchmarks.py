@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from beit3.augmentation import OPERATIONS, EvalTransform, TrainTransform
-from beit3.generation import generate
-from beit3.images import normalize
-from beit3.losses import masked_token_losses
-from beit3.tokenizer import Tokenizer
+from beit3.data.augmentation import OPERATIONS, EvalTransform, TrainTransform
+from beit3.data.images import normalize
+from beit3.data.tokenizer import Tokenizer
+from beit3.model.losses import masked_token_losses
 from benchmarks import gpu, memory, models, peers, pictures, questions
 from benchmarks.table import Line, Reach, Row, Settings, interleave, read_sections, run_row, write_sections
 from modeling_finetune import HEADS
+from tasks.captioning.generation import generate
 from tests import reference
 from tests.test_generation import MASK, small_model
 

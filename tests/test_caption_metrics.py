@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from beit3.errors import InputError
-from beit3.metrics import java_scorers
-from beit3.metrics.captions import caption_metrics
-from beit3.metrics.constant_caption import best_constant_caption
-from beit3.metrics.ground_truth import coco_ground_truth, load_references, write_coco_ground_truth
+from beit3.system.errors import InputError
+from tasks.captioning.references import coco_ground_truth, load_references, write_coco_ground_truth
+from tasks.captioning.scores import java_scorers
+from tasks.captioning.scores.constant_caption import best_constant_caption
+from tasks.captioning.scores.scores import caption_metrics
 from tests.data.captions import strings
 
 PYTHON_NAMES = ["Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "ROUGE_L", "CIDEr"]
@@ -401,7 +401,8 @@ def test_no_candidates_and_no_references_are_errors():
 
 def test_reading_the_modules_starts_no_java_and_needs_no_pycocoevalcap():
     code = (
-        "import sys; import beit3.metrics.captions, beit3.metrics.ground_truth, beit3.metrics.constant_caption;"
+        "import sys; import tasks.captioning.scores.scores, tasks.captioning.references;"
+        "import tasks.captioning.scores.constant_caption;"
         "assert not any(name.startswith('pycocoevalcap') for name in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)

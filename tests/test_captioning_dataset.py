@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from beit3.encoder import EncoderConfig
-from beit3.errors import InputError
-from beit3.losses import masked_token_losses
+from beit3.model.encoder import EncoderConfig
+from beit3.model.losses import masked_token_losses
+from beit3.system.errors import InputError
 from datasets import CaptioningDataset, EpochSampler, build_loader, mask_caption
 from modeling_finetune import BEiT3ForCaptioning
 from tests import reference

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from beit3 import captioning_index
-from beit3.errors import InputError
-from beit3.metrics.ground_truth import load_references
+from beit3.system.errors import InputError
 from datasets import CaptioningDataset
+from tasks.captioning import index as captioning_index
+from tasks.captioning.references import load_references
 
 MINI = Path(__file__).parent / "data" / "mini_coco"
 SPM = MINI / "mini.spm"

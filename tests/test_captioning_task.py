@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import modeling_finetune  # noqa: F401  registers the models
-from beit3.errors import InputError
+from beit3.system.errors import InputError
 from datasets import EvaluationSampler, build_loader
 from engine_for_finetuning import evaluate, prepare
-from tasks.captioning import Captioning, NoCaps
+from tasks.captioning.task import Captioning, NoCaps
 from tests import reference
 from utils import Process
 
@@ -213,7 +213,7 @@ def test_scores_are_computed_once_for_metrics_and_file(coco, monkeypatch):
     task = Captioning(settings(coco))
     found = records(["There is a square."] * 15)
     scores = task.metrics(found)
-    monkeypatch.setattr("tasks.captioning.caption_metrics", None)
+    monkeypatch.setattr("tasks.captioning.task.caption_metrics", None)
     files = task.validation_files(found, epoch=3)
     assert files.keys() == {"submit_coco_captioning_val_e3.json", "coco_captioning_result_val_e3.json"}
     result = files["coco_captioning_result_val_e3.json"]

@@ -9,7 +9,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from beit3.checkpoints import (
+from beit3.model.weights import read_checkpoint, write_weights
+from beit3.system.errors import CheckpointError, InputError
+from beit3.training.checkpoints import (
     checkpoint_name,
     checkpoints_in,
     damage,
@@ -18,9 +20,7 @@ from beit3.checkpoints import (
     replace_folder,
     write_manifest,
 )
-from beit3.errors import CheckpointError, InputError
-from beit3.weights import read_checkpoint, write_weights
-from run_state import Keeping, find_resumable, write_log
+from runs.state import Keeping, find_resumable, write_log
 from tests.test_backends import make, take_steps
 from utils import Process
 

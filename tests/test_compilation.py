@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from beit3 import compilation
-from beit3.compilation import compile_layers, compiler_problem
+from beit3.model import compilation
+from beit3.model.compilation import compile_layers, compiler_problem
 from tests import reference
 from tests.test_captioning_dataset import small_model
 from tests.test_models import small_encoder

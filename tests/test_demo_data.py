@@ -17,7 +17,7 @@ import pytest
 import sentencepiece
 from PIL import Image
 
-from beit3.errors import InputError
+from beit3.system.errors import InputError
 from demo import make
 from demo.contact_sheet import contact_sheet, describe_demo, describe_submission
 from demo.make import Settings, main, make_demo, plan_pictures

@@ -18,7 +18,7 @@ import torch
 
 import datasets
 import engine_for_finetuning
-from beit3.checkpoints import write_manifest
+from beit3.training.checkpoints import write_manifest
 from tests import chaos
 from tests.test_run import ROOT, log_of
 from tests.test_weights import Canary

@@ -7,11 +7,11 @@ import random
 import pytest
 import torch
 
-from beit3 import generation
-from beit3.encoder import EncoderConfig
-from beit3.generation import generate
-from beit3.tokenizer import Tokenizer
+from beit3.data.tokenizer import Tokenizer
+from beit3.model.encoder import EncoderConfig
 from modeling_finetune import BEiT3ForCaptioning
+from tasks.captioning import generation
+from tasks.captioning.generation import generate
 from tests import reference
 
 BOS, EOS = 0, 2

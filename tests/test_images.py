@@ -15,8 +15,8 @@ import pytest
 import torch
 from PIL import Image, ImageFile, features
 
-from beit3 import images
-from beit3.images import ImageError, decode_image, normalize, screen_images
+from beit3.data import images
+from beit3.data.images import ImageError, decode_image, normalize, screen_images
 
 
 def _gradient(width: int = 40, height: int = 30) -> Image.Image:

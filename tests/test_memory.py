@@ -5,10 +5,10 @@ from functools import partial
 import pytest
 import torch
 
-from beit3 import encoder
-from beit3.backends import BUCKET, BackendSettings
-from beit3.encoder import EncoderConfig
-from beit3.memory import Demand, training_demand
+from beit3.model import encoder
+from beit3.model.encoder import EncoderConfig
+from beit3.training.backends import BUCKET, BackendSettings
+from beit3.training.memory_estimate import Demand, training_demand
 from benchmarks import memory
 from benchmarks.models import LENGTHS, VOCABULARY, make_batch, make_config, our_loss
 from modeling_finetune import HEADS, VQA_ANSWERS
@@ -43,7 +43,7 @@ def kept_per_picture(task: str, config: EncoderConfig, dtype: str) -> float:
 @pytest.mark.parametrize("task", ["vqav2", "captioning"])
 def test_activations_are_what_pytorch_keeps(task, precision, recomputes, monkeypatch):
     monkeypatch.setattr(encoder, "recomputes", lambda *_: recomputes)
-    monkeypatch.setattr("beit3.memory.recomputes", lambda *_: recomputes)
+    monkeypatch.setattr("beit3.training.memory_estimate.recomputes", lambda *_: recomputes)
     config = make_config(task, "base", 224)
     config = EncoderConfig(**{**vars(config), "layers": 4, "drop_path_rate": 0.1})
     # Texts of the measured batch, 16 tokens after rounding up; its longest text's tokens beside <s> are hidden.

@@ -7,7 +7,7 @@ import timm
 import torch
 import torch.nn.functional as F
 
-from beit3.encoder import AttentionRule, BEiT3, EncoderConfig, recomputes
+from beit3.model.encoder import AttentionRule, BEiT3, EncoderConfig, recomputes
 from modeling_finetune import MODEL_NAMES
 from tests import reference
 
@@ -260,7 +260,7 @@ def test_what_is_made_again_in_the_backward_pass_changes_no_gradient(causal, mon
     ids, padding = reference.tokens(2, [7, 4], vocab_size=50, width=7)
     gradients = []
     for again in (False, True):
-        monkeypatch.setattr("beit3.encoder.recomputes", lambda *_, again=again: again)
+        monkeypatch.setattr("beit3.model.encoder.recomputes", lambda *_, again=again: again)
         encoder.zero_grad()
         image, text = encoder(reference.images(1, 2, 32), ids, padding, causal_text=causal)
         (image.sin().sum() + text.cos().sum()).backward()

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from beit3 import losses
-from beit3.losses import drop_worst, masked_token_losses, soft_answer_loss
+from beit3.model import losses
+from beit3.model.losses import drop_worst, masked_token_losses, soft_answer_loss
 from optim_factory import cosine_schedule, create_optimizer, layer_id, lr_scale, parameter_groups, set_learning_rate
 from tests import reference
 

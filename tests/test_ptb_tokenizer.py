@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from beit3.metrics.ptb_tokenizer import PUNCTUATION, tokenize, tokenize_lines
+from tasks.captioning.scores.ptb_tokenizer import PUNCTUATION, tokenize, tokenize_lines
 from tests.data.captions import strings
 
 TABLE = json.loads(strings.TABLE.read_text(encoding="utf-8"))

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 import run_beit3_finetuning as run
-from beit3.weights import read_checkpoint, write_weights
+from beit3.model.weights import read_checkpoint, write_weights
 from datasets import VQAv2Dataset
 from tests import reference
 from tests.workers import Run

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import run_beit3_finetuning as run
-from beit3.weights import read_checkpoint
+from beit3.model.weights import read_checkpoint
 from datasets import CaptioningDataset
 from tests import reference
 from tests.test_run import log_of, start, tiny_flags

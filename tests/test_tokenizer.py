@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import sentencepiece
 
-from beit3.errors import InputError
-from beit3.tokenizer import Tokenizer, as_batch_encoder
+from beit3.data.tokenizer import Tokenizer, as_batch_encoder
+from beit3.system.errors import InputError
 
 DATA = Path(__file__).parent / "data"
 MINI = DATA / "mini_coco" / "mini.spm"
@@ -135,7 +135,7 @@ def test_a_tokenizer_survives_pickling(tokenizer):
 def test_it_needs_no_transformers():
     code = (
         "import sys; sys.modules['transformers'] = None\n"
-        "from beit3.tokenizer import as_batch_encoder\n"
+        "from beit3.data.tokenizer import as_batch_encoder\n"
         f"print(as_batch_encoder({str(MINI)!r})(['A red square.']))"
     )
     root = Path(__file__).parents[1]

@@ -15,8 +15,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from beit3.errors import BadImageError, InputError
-from beit3.index_table import IntField, StringField, TokenField, read_index
+from beit3.data.index_table import IntField, StringField, TokenField, read_index
+from beit3.system.errors import BadImageError, InputError
 from datasets import EpochSampler, EvaluationSampler, VQAv2Dataset, pad_text, read_answers
 
 MINI = Path(__file__).parent / "data" / "mini_coco"

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from beit3 import json_stream, vqa_index
-from beit3.errors import InputError
-from beit3.files import atomic_write, atomic_writes
-from beit3.json_stream import stream_array
+from beit3.data import json_stream
+from beit3.data.json_stream import stream_array
+from beit3.system.atomic_files import atomic_write, atomic_writes
+from beit3.system.errors import InputError
 from datasets import VQAv2Dataset, read_answers
+from tasks.vqav2 import index as vqa_index
 
 MINI = Path(__file__).parent / "data" / "mini_coco"
 EXPECTED = MINI / "expected"

@@ -8,8 +8,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from beit3.errors import InputError
-from beit3.weights import (
+from beit3.model.weights import (
     POSITION_TABLE,
     Checkpoint,
     find_weights,
@@ -18,6 +17,7 @@ from beit3.weights import (
     resize_positions,
     write_weights,
 )
+from beit3.system.errors import InputError
 from tests import reference
 
 

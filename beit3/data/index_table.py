@@ -1,0 +1,396 @@
+"""Index files (one JSON object per line) in memory: checked line by line, then held in a few flat arrays.
+
+A Python object per row would cost over a kilobyte per row, and loader workers would copy it all as they touch it (the
+reference counts lie beside the data). Flat arrays cost some 60 bytes per row and are shared by forked workers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from array import array
+from bisect import bisect_right
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from beit3.system.errors import MAX_LISTED, InputError
+
+MAX_LINE_BYTES = 1 << 20  # a line of VQAv2 has some 200 bytes
+
+Problem = tuple[int, str]  # row, what is wrong with it
+
+
+class RaggedArray:
+    """Rows of different lengths, held end to end: row i is `values[offsets[i]:offsets[i + 1]]`."""
+
+    def __init__(self, values: np.ndarray, offsets: np.ndarray):
+        self.values, self.offsets = values, offsets
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        return self.values[self.offsets[row] : self.offsets[row + 1]]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.diff(self.offsets)
+
+    @property
+    def nbytes(self) -> int:
+        return self.values.nbytes + self.offsets.nbytes
+
+    def row_of(self, index: int) -> int:
+        """The row that `values[index]` belongs to."""
+        return int(np.searchsorted(self.offsets, index, side="right")) - 1
+
+
+class StringColumn:
+    """One string per row, each distinct string held once as UTF-8."""
+
+    def __init__(self, strings: Sequence[str], numbers: np.ndarray):
+        encoded = [string.encode() for string in strings]
+        self.texts = RaggedArray(np.frombuffer(b"".join(encoded), np.uint8), _offsets(map(len, encoded)))
+        self.numbers = numbers  # (rows,), which string
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, row: int) -> str:
+        return self.texts[int(self.numbers[row])].tobytes().decode()
+
+    @property
+    def nbytes(self) -> int:
+        return self.texts.nbytes + self.numbers.nbytes
+
+
+Column = np.ndarray | RaggedArray | StringColumn
+
+
+class IndexTable:
+    """The rows of one or several index files, one after the other."""
+
+    def __init__(self, columns: dict[str, Column], files: list[str], starts: list[int], num_rows: int, digest: str):
+        self.columns = columns
+        self.files, self.starts, self.num_rows = files, starts, num_rows
+        self.digest = digest  # SHA-256 over the content of the files, in hexadecimal
+
+    def __len__(self) -> int:
+        return self.num_rows
+
+    def __getitem__(self, name: str) -> Any:
+        """The column of that name; its `[row]` is an int, a numpy view or a str."""
+        return self.columns[name]
+
+    def place(self, row: int) -> str:
+        """`file:line` of a row."""
+        return _place(self.files, self.starts, row)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(column.nbytes for column in self.columns.values())
+
+
+class IntField:
+    """An integer per row. `count`: where given, values must be in [0, count)."""
+
+    def __init__(self, name: str, count: int | None = None):
+        self.name, self.count = name, count
+        self.values = array("q")
+
+    def add(self, value: Any) -> None:
+        if type(value) is not int:
+            raise ValueError(f"an integer expected, found {_shorten(value)}")
+        if self.count is not None and not 0 <= value < self.count:
+            raise ValueError(f"{value} is not in 0 … {self.count - 1}")
+        self.values.append(value)
+
+    def add_blank(self) -> None:
+        self.values.append(0)
+
+    def problems(self) -> Iterator[Problem]:
+        return iter(())
+
+    def finish(self) -> np.ndarray:
+        return _compact(np.asarray(self.values))
+
+
+class ListField:
+    """A list of numbers per row; the kinds below say which numbers."""
+
+    typecode: str
+    types: frozenset[type]
+    wanted: str
+
+    def __init__(self, name: str):
+        self.name = name
+        self.values = array(self.typecode)
+        self.ends = array("q", [0])
+
+    def add(self, value: Any) -> None:
+        # Types are looked at before the array is: it would take True for 1.
+        if type(value) is not list or not self.types.issuperset(map(type, value)):
+            raise ValueError(f"a list of {self.wanted} expected, found {_shorten(value)}")
+        self.values.extend(value)
+        self.ends.append(len(self.values))
+
+    def add_blank(self) -> None:
+        self.ends.append(len(self.values))
+
+    def is_good(self, values: np.ndarray) -> np.ndarray:
+        """Which of the values are allowed."""
+        raise NotImplementedError
+
+    def problems(self) -> Iterator[Problem]:
+        rows = self.finish()
+        named = -1
+        for index in np.flatnonzero(~self.is_good(rows.values)).tolist():
+            row = rows.row_of(index)
+            if row != named:  # one bad value names the row
+                yield row, f"{self.name}: {rows.values[index]} is not one of the {self.wanted}"
+                named = row
+
+    def finish(self) -> RaggedArray:
+        return RaggedArray(_compact(np.asarray(self.values)), _compact(np.asarray(self.ends)))
+
+
+class IntListField(ListField):
+    """A list of integers in [0, count) per row, such as labels. `distinct`: no value twice in a row."""
+
+    typecode, types = "q", frozenset({int})
+
+    def __init__(self, name: str, count: int, distinct: bool = False):
+        self.count, self.distinct = count, distinct
+        self.wanted = f"integers 0 … {count - 1}"
+        super().__init__(name)
+
+    def is_good(self, values: np.ndarray) -> np.ndarray:
+        return (values >= 0) & (values < self.count)
+
+    def add(self, value: Any) -> None:
+        super().add(value)
+        if self.distinct and len(set(value)) < len(value):
+            self.ends.pop()
+            raise ValueError(f"{_shorten(value)} holds a value twice")
+
+
+class TokenField(IntListField):
+    """The token ids of a text, without `<s>` and `</s>`. `optional`: null is allowed and gives an empty row."""
+
+    def __init__(self, name: str, vocab_size: int, optional: bool = False):
+        super().__init__(name, vocab_size)
+        self.optional = optional
+        self.wanted = f"token ids 0 … {vocab_size - 1} (the vocabulary has {vocab_size})"
+
+    def add(self, value: Any) -> None:
+        if value is None and self.optional:
+            return self.add_blank()
+        if value is None or value == []:
+            raise ValueError("the text is empty")
+        return super().add(value)
+
+
+class ScoreListField(ListField):
+    """A list of numbers in [0, 1] per row, such as soft scores; held in float32."""
+
+    typecode, types, wanted = "d", frozenset({int, float}), "numbers from 0 to 1"
+
+    def is_good(self, values: np.ndarray) -> np.ndarray:
+        return (values >= 0) & (values <= 1)  # False for NaN
+
+    def finish(self) -> RaggedArray:
+        return RaggedArray(np.asarray(self.values, np.float32), _compact(np.asarray(self.ends)))
+
+
+class StringField:
+    """A string per row, such as an identifier."""
+
+    def __init__(self, name: str):
+        self.name = name
+        self.number_of: dict[str, int] = {}
+        self.numbers = array("i")
+
+    def add(self, value: Any) -> None:
+        number = self.number_of.get(value) if type(value) is str else None
+        if number is None:
+            self.check_new(value)
+            number = self.number_of.setdefault(value, len(self.number_of))
+        self.numbers.append(number)
+
+    def add_blank(self) -> None:
+        self.numbers.append(-1)
+
+    def check_new(self, value: Any) -> None:
+        """Raise ValueError for a string that is not allowed; called once for each distinct one."""
+        if type(value) is not str or not value or "\0" in value:
+            raise ValueError(f"a string expected, found {_shorten(value)}")
+        value.encode()  # UnicodeEncodeError, a ValueError, for half a surrogate pair
+
+    def problems(self) -> Iterator[Problem]:
+        return iter(())
+
+    def finish(self) -> StringColumn:
+        return StringColumn(list(self.number_of), _compact(np.asarray(self.numbers)))
+
+
+class PathField(StringField):
+    """A path relative to the data folder `root` and inside it, also after following links."""
+
+    def __init__(self, name: str, root: str | os.PathLike[str]):
+        super().__init__(name)
+        self.root = os.path.realpath(root)
+
+    def check_new(self, value: Any) -> None:
+        super().check_new(value)
+        if os.path.isabs(value) or ".." in value.split("/"):
+            raise ValueError(f"{value!r} must be relative to the data folder, without '..'")
+
+    def problems(self) -> Iterator[Problem]:
+        """Look at each folder once, and at those files only that are links: start-up stays fast on slow disks."""
+        files_in: dict[str, list[tuple[str, int]]] = defaultdict(list)
+        for path, number in self.number_of.items():
+            folder, name = os.path.split(path)
+            files_in[folder].append((name, number))
+        bad: dict[int, str] = {}
+        for folder, files in files_in.items():
+            full = os.path.join(self.root, folder)
+            if not is_inside(self.root, full):
+                what = f"{folder} leads out of the data folder through a link; put the pictures themselves there"
+                bad.update((number, what) for _, number in files)
+            elif not os.path.isdir(full):
+                bad[files[0][1]] = f"the data folder {self.root} has no folder {folder!r}"
+            else:
+                with os.scandir(full) as entries:
+                    links = {entry.name for entry in entries if entry.is_symlink()}
+                for name, number in files:
+                    if name in links and not is_inside(self.root, os.path.join(full, name)):
+                        bad[number] = f"{folder}/{name} leads out of the data folder through a link"
+        numbers = np.asarray(self.numbers)
+        for number, what in list(bad.items())[:MAX_LISTED]:
+            yield int(np.argmax(numbers == number)), f"{self.name}: {what}"
+
+
+Field = IntField | IntListField | ScoreListField | StringField
+
+
+def is_inside(root: str, path: str) -> bool:
+    """Whether `path` lies in the folder `root` (its real path), links followed."""
+    return os.path.commonpath([root, os.path.realpath(path)]) == root
+
+
+def read_index(
+    files: Sequence[str | os.PathLike[str]],
+    fields: Sequence[Field],
+    how_to_make: str,
+    same_length: Iterable[tuple[str, str]] = (),
+) -> IndexTable:
+    """Read index files into one table, rows in the order of files and lines.
+
+    fields: fresh field objects, one per key wanted of each line; other keys are ignored. how_to_make: said in the error
+    for a missing or empty file. same_length: pairs of list fields that must have equally many entries.
+    Raises one InputError that lists the first problems found, each with file and line.
+    """
+    names = [os.fspath(file) for file in files]
+    missing = [f"{name}: missing; {how_to_make}" for name in names if not Path(name).is_file()]
+    if missing:
+        raise InputError(missing)
+    reader = _Reader(fields)
+    for name in names:
+        reader.read(name)
+    found = [*reader.problems, *(problem for field in fields for problem in islice(field.problems(), MAX_LISTED))]
+    columns: dict[str, Column] = {field.name: field.finish() for field in fields}
+    if not found:  # the fields of a bad line are blank, so their lengths say nothing
+        found = [problem for pair in same_length for problem in _unequal_lengths(columns, *pair)]
+    if found:
+        found.sort(key=lambda problem: problem[0])
+        raise InputError([f"{_place(names, reader.starts, row)}: {what}" for row, what in found])
+    if reader.num_rows == 0:
+        raise InputError(f"{', '.join(names)}: no line in it; {how_to_make}")
+    return IndexTable(columns, names, reader.starts, reader.num_rows, reader.digest.hexdigest())
+
+
+class _Reader:
+    """Hands each line to the fields. A bad line gets a row as well, so that row and line number stay in step."""
+
+    def __init__(self, fields: Sequence[Field]):
+        self.fields = [(field.name, field) for field in fields]
+        self.problems: list[Problem] = []
+        self.starts: list[int] = []
+        self.num_rows = 0
+        self.digest = hashlib.sha256()
+
+    def read(self, path: str) -> None:
+        """Read a file; stops early where the problems fill an error message."""
+        self.starts.append(self.num_rows)
+        with open(path, "rb") as file:
+            while line := file.readline(MAX_LINE_BYTES + 1):
+                if len(line) > MAX_LINE_BYTES:
+                    self.problems.append((self.num_rows, f"longer than {MAX_LINE_BYTES} bytes; not read further"))
+                    self.add_blank_row()
+                    return
+                self.digest.update(line)
+                self.add_line(line)
+                if len(self.problems) >= MAX_LISTED:
+                    return
+
+    def add_line(self, line: bytes) -> None:
+        try:
+            entry = json.loads(line.decode("utf-8"))
+        except (ValueError, RecursionError) as error:
+            entry = None
+            self.problems.append((self.num_rows, f"not JSON: {error}"))
+        else:
+            if type(entry) is not dict:
+                self.problems.append((self.num_rows, f"a JSON object expected, found {_shorten(entry)}"))
+        if type(entry) is not dict:
+            self.add_blank_row()
+            return
+        for name, field in self.fields:
+            try:
+                field.add(entry[name])
+            except KeyError:
+                self.problems.append((self.num_rows, f"{name} is missing"))
+                field.add_blank()
+            except (ValueError, OverflowError) as error:
+                self.problems.append((self.num_rows, f"{name}: {error}"))
+                field.add_blank()
+        self.num_rows += 1
+
+    def add_blank_row(self) -> None:
+        for _, field in self.fields:
+            field.add_blank()
+        self.num_rows += 1
+
+
+def _unequal_lengths(columns: Mapping[str, Any], left: str, right: str) -> list[Problem]:
+    rows = np.flatnonzero(columns[left].lengths != columns[right].lengths)[:MAX_LISTED].tolist()
+    return [(row, f"{left} has {len(columns[left][row])} entries, {right} {len(columns[right][row])}") for row in rows]
+
+
+def _place(files: list[str], starts: list[int], row: int) -> str:
+    number = bisect_right(starts, row) - 1  # an empty file has the start of the next one: the last of them is it
+    return f"{files[number]}:{row - starts[number] + 1}"
+
+
+def _offsets(lengths: Iterable[int]) -> np.ndarray:
+    return _compact(np.cumsum([0, *lengths], dtype=np.int64))
+
+
+def _compact(values: np.ndarray) -> np.ndarray:
+    """The integers in the smallest of uint16, int32, int64 that holds them all."""
+    low, high = (int(values.min()), int(values.max())) if values.size else (0, 0)
+    for dtype in (np.uint16, np.int32):
+        if np.iinfo(dtype).min <= low and high <= np.iinfo(dtype).max:
+            return values.astype(dtype)
+    return values.astype(np.int64)
+
+
+def _shorten(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "…"

@@ -1,0 +1,151 @@
+"""How much memory a training will take, computed before it starts: what each part takes, and whether it fits.
+
+Sizes are in bytes, for one process, of whole training steps; about right (the allocator, the CUDA context and the
+largest temporary are not counted), and for texts as long as they may be. docs/PERFORMANCE.md says how to use it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from beit3.model.encoder import TEXT_POSITIONS, EncoderConfig, recomputes
+from beit3.training.backends import BUCKET, BackendSettings
+
+GIGABYTE = 1e9
+TIGHT = 0.9  # share of the memory there is, beyond which what is not counted may not fit
+
+
+@dataclass(frozen=True)
+class Demand:
+    """Bytes of one process: those that do not depend on the batch, and those of each picture (with its texts)."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    average: float
+    per_picture: float
+    pictures: int
+
+    @property
+    def fixed(self) -> float:
+        return self.weights + self.gradients + self.optimizer + self.average
+
+    @property
+    def total(self) -> float:
+        return self.fixed + self.pictures * self.per_picture
+
+    def most_pictures(self, room: float) -> int:
+        """The largest batch that `room` bytes hold."""
+        return max(0, int((TIGHT * room - self.fixed) / self.per_picture))
+
+    def fits(self, room: float) -> bool:
+        return self.total <= TIGHT * room
+
+    def advice(self, room: float, zero_stage: int) -> str | None:
+        """What to do where `room` bytes may be too few; None where they are enough. zero_stage: 0 without DeepSpeed."""
+        if self.fits(room):
+            return None
+        most = self.most_pictures(room)
+        smaller = f"--batch_size {most} with a larger --update_freq, " if most else ""
+        sharing = "" if zero_stage >= 2 else " or --enable_deepspeed --zero_stage 2"
+        return f"that may not fit: {smaller}--checkpoint_activations{sharing}"
+
+    def __str__(self) -> str:
+        parts = {"weights": self.weights, "gradients": self.gradients, "optimizer": self.optimizer}
+        if self.average:
+            parts["average"] = self.average
+        listed = ", ".join(f"{name} {size / GIGABYTE:.2f}" for name, size in parts.items())
+        return (
+            f"{self.total / GIGABYTE:.1f} GB: {listed}, activations {self.pictures} × {self.per_picture / GIGABYTE:.3f}"
+        )
+
+
+def training_demand(
+    config: EncoderConfig,
+    num_parameters: int,
+    settings: BackendSettings,
+    *,
+    device: str,
+    text_tokens: int,
+    output_values: int,
+    causal_text: bool = False,
+    zero: bool = False,
+    world_size: int = 1,
+    average: bool = False,
+) -> Demand:
+    """What a training step takes.
+
+    Args:
+        num_parameters: of the whole model.
+        device: "cuda" or "cpu".
+        text_tokens: of all texts of a picture, at most. output_values: of the model's output, for a picture.
+        causal_text: as the encoder is called.
+        zero: DeepSpeed, at `settings.zero_stage`. average: whether an average of the weights is kept on the device.
+    """
+    size = 4 if settings.precision == "fp32" else 2
+    weights, gradients, optimizer = (_of_deepspeed if zero else _of_pytorch)(
+        config, num_parameters, settings, world_size
+    )
+    return Demand(
+        weights,
+        gradients,
+        optimizer,
+        4.0 * num_parameters if average else 0.0,
+        _activations(config, size, device, text_tokens, size == 2 and not zero, causal_text)
+        + size * output_values,  # captioning's loss puts their gradient in their place; those of VQAv2 are few
+        settings.batch_size,
+    )
+
+
+def _of_pytorch(
+    config: EncoderConfig, parameters: int, settings: BackendSettings, world_size: int
+) -> tuple[float, float, float]:
+    """Weights, gradients, optimizer: fp32; AdamW has two more values for each."""
+    # Autocast keeps what it made of the weights until the backward pass is over; tables are read as they are.
+    copies = 4 * _joint_projections(config)
+    if settings.precision != "fp32":
+        tables = (config.vocab_size + TEXT_POSITIONS + config.patches) * config.width
+        copies = 2 * (parameters - tables)
+    buckets = 4 * parameters if world_size > 1 else 0  # of DistributedDataParallel
+    return 4.0 * parameters + copies, 4.0 * parameters + buckets, 8.0 * parameters
+
+
+def _of_deepspeed(
+    config: EncoderConfig, parameters: int, settings: BackendSettings, world_size: int
+) -> tuple[float, float, float]:
+    """The same in DeepSpeed 0.19: half-precision weights have fp32 ones beside them, ZeRO shares among processes."""
+    stage, size = settings.zero_stage, 4 if settings.precision == "fp32" else 2
+    share = parameters / world_size
+    weights = size * (share if stage == 3 else parameters) + size * _joint_projections(config)
+    gradients = float(size * (share if stage >= 2 else parameters))
+    if stage >= 1:
+        # Those of the own part as the optimizer wants them, and what is under way.
+        gradients += 4 * share + size * min(BUCKET, parameters)
+    if stage <= 1 and size == 2:
+        gradients += 4 * parameters  # summed in fp32
+    states = 8 if stage == 0 and size == 4 else 12  # fp32 weights of the own part, and AdamW's two values
+    return float(weights), gradients, states * (parameters if stage == 0 else share)
+
+
+def _joint_projections(config: EncoderConfig) -> int:
+    """Values of the matrices that each forward pass makes of q, k and v."""
+    return 2 * config.layers * 3 * config.width**2
+
+
+def _activations(
+    config: EncoderConfig, size: int, device: str, text_tokens: int, autocast: bool, causal_text: bool
+) -> float:
+    """What the encoder keeps of a picture and its texts for the backward pass."""
+    tokens = config.patches + 1 + text_tokens
+    # On a GPU autocast computes norms in fp32, and keeps a copy of what goes into them.
+    norm_input = 4 if autocast and device == "cuda" else size
+    # In widths: both residuals; q, k and v, attended, and four each of fc1 and GELU, which goes into a norm.
+    per_token = 2 * norm_input + 8 * size + 4 * norm_input
+    if not recomputes(device, config.width):
+        per_token += 7 * size + (norm_input if norm_input != size else 0)  # what four norms give; attended, into one
+        per_token += 2 * size if causal_text else 0  # keys and values of both modalities for the text
+    whole = config.width * tokens * per_token
+    if config.checkpoint_activations:
+        return config.layers * config.width * tokens * size + whole
+    # The last layer computes a few positions only: its input, norm, keys and values are all there is.
+    return (config.layers - 1) * whole + 4 * size * config.width * tokens

@@ -1,0 +1,211 @@
+"""Answers of VQA v2: normalisation, vocabulary, soft scores, and the official accuracy."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from beit3.system.errors import InputError
+
+MIN_ANSWER_COUNT = 9  # an answer given less often is not in the vocabulary
+ANSWER_FILE = "answer2label.txt"
+
+# Soft score by votes of the ten annotators, of BEiT-3 and its predecessors (the official accuracy, averaged over which
+# annotator is left out, would give these values for 1, 2, 3 and 4 votes: 0.3, 0.6, 0.9, 1.0).
+_SCORES = (0.0, 0.3, 0.6, 0.9, 1.0)
+
+# The tables and rules of the official evaluation code of VQA (https://visualqa.org/evaluation, vqaEval.py), kept with
+# their quirks ("somebody'd" loses its apostrophe; "Im" never matches, as words are lower-cased first): the vocabulary
+# of released heads and published scores depend on them.
+_PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
+_COMMA_IN_NUMBER = re.compile(r"\d,\d")
+_PERIOD = re.compile(r"\.(?!\d)")
+_ARTICLES = frozenset(("a", "an", "the"))
+_NUMBER_WORDS = {
+    "none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4", "five": "5", "six": "6",
+    "seven": "7", "eight": "8", "nine": "9", "ten": "10",
+}  # fmt: skip
+_CONTRACTIONS = {
+    "aint": "ain't", "arent": "aren't", "cant": "can't", "couldve": "could've", "couldnt": "couldn't",
+    "couldn'tve": "couldn't've", "couldnt've": "couldn't've", "didnt": "didn't", "doesnt": "doesn't", "dont": "don't",
+    "hadnt": "hadn't", "hadnt've": "hadn't've", "hadn'tve": "hadn't've", "hasnt": "hasn't", "havent": "haven't",
+    "hed": "he'd", "hed've": "he'd've", "he'dve": "he'd've", "hes": "he's", "howd": "how'd", "howll": "how'll",
+    "hows": "how's", "Id've": "I'd've", "I'dve": "I'd've", "Im": "I'm", "Ive": "I've", "isnt": "isn't", "itd": "it'd",
+    "itd've": "it'd've", "it'dve": "it'd've", "itll": "it'll", "let's": "let's", "maam": "ma'am", "mightnt": "mightn't",
+    "mightnt've": "mightn't've", "mightn'tve": "mightn't've", "mightve": "might've", "mustnt": "mustn't",
+    "mustve": "must've", "neednt": "needn't", "notve": "not've", "oclock": "o'clock", "oughtnt": "oughtn't",
+    "ow's'at": "'ow's'at", "'ows'at": "'ow's'at", "'ow'sat": "'ow's'at", "shant": "shan't", "shed've": "she'd've",
+    "she'dve": "she'd've", "she's": "she's", "shouldve": "should've", "shouldnt": "shouldn't",
+    "shouldnt've": "shouldn't've", "shouldn'tve": "shouldn't've", "somebody'd": "somebodyd",
+    "somebodyd've": "somebody'd've", "somebody'dve": "somebody'd've", "somebodyll": "somebody'll",
+    "somebodys": "somebody's", "someoned": "someone'd", "someoned've": "someone'd've", "someone'dve": "someone'd've",
+    "someonell": "someone'll", "someones": "someone's", "somethingd": "something'd", "somethingd've": "something'd've",
+    "something'dve": "something'd've", "somethingll": "something'll", "thats": "that's", "thered": "there'd",
+    "thered've": "there'd've", "there'dve": "there'd've", "therere": "there're", "theres": "there's", "theyd": "they'd",
+    "theyd've": "they'd've", "they'dve": "they'd've", "theyll": "they'll", "theyre": "they're", "theyve": "they've",
+    "twas": "'twas", "wasnt": "wasn't", "wed've": "we'd've", "we'dve": "we'd've", "weve": "we've", "werent": "weren't",
+    "whatll": "what'll", "whatre": "what're", "whats": "what's", "whatve": "what've", "whens": "when's",
+    "whered": "where'd", "wheres": "where's", "whereve": "where've", "whod": "who'd", "whod've": "who'd've",
+    "who'dve": "who'd've", "wholl": "who'll", "whos": "who's", "whove": "who've", "whyll": "why'll", "whyre": "why're",
+    "whys": "why's", "wont": "won't", "wouldve": "would've", "wouldnt": "wouldn't", "wouldnt've": "wouldn't've",
+    "wouldn'tve": "wouldn't've", "yall": "y'all", "yall'll": "y'all'll", "y'allll": "y'all'll",
+    "yall'd've": "y'all'd've", "y'alld've": "y'all'd've", "y'all'dve": "y'all'd've", "youd": "you'd",
+    "youd've": "you'd've", "you'dve": "you'd've", "youll": "you'll", "youre": "you're", "youve": "you've",
+}  # fmt: skip
+
+
+def normalize_word(answer: str) -> str:
+    """The form of an answer in which answers are counted: no punctuation, case, articles; digits for number words.
+
+    `normalize_word("The left/right, two.") == "left right 2"`. May be "" ("a an the").
+    """
+    return _tidy_words(_strip_punctuation(answer))
+
+
+def build_answer_vocabulary(answers: Iterable[str] | Mapping[str, int], min_count: int = MIN_ANSWER_COUNT) -> list[str]:
+    """Normalised answers given at least `min_count` times, in order of first appearance; the index is the label.
+
+    answers: the `multiple_choice_answer` of all training questions, then of all validation questions; or how often
+    each was given, in order of first appearance. Released heads depend on this order.
+    """
+    given = answers if isinstance(answers, Mapping) else Counter(answers)
+    counts: dict[str, int] = defaultdict(int)
+    for answer, count in given.items():
+        counts[normalize_word(answer)] += count
+    return [answer for answer, count in counts.items() if count >= min_count]
+
+
+def vote_score(votes: int) -> float:
+    """Soft score in [0, 1] of an answer that `votes` of the ten annotators gave."""
+    return _SCORES[min(votes, len(_SCORES) - 1)]
+
+
+def answer_lines(answers: Iterable[str]) -> Iterable[str]:
+    """The lines of `answer2label.txt`, each ending in a line feed."""
+    for label, answer in enumerate(answers):
+        yield json.dumps({"answer": answer, "label": label}) + "\n"
+
+
+def read_answers(path: str | os.PathLike[str]) -> list[str]:
+    """The answers in `answer2label.txt`, at the index of their label.
+
+    Raises InputError naming file and line of each line that is not `{"answer": …, "label": …}`, whose label is not
+    its line number (from 0) or whose answer came before.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: missing; VQAv2Dataset.make_dataset_index writes it")
+    answers: list[str] = []
+    problems: list[str] = []
+    first_line: dict[str, int] = {}
+    with open(path, "rb") as file:  # bytes: one that is no UTF-8 is then a bad line, with its place
+        for label, line in enumerate(file):
+            place = f"{path}:{label + 1}"
+            try:
+                answer = _answer_of_line(line, label)
+            except ValueError as error:
+                problems.append(f"{place}: {error}")
+                continue
+            if answer in first_line:
+                problems.append(f"{place}: answer {answer!r} is in line {first_line[answer]} already")
+            first_line.setdefault(answer, label + 1)
+            answers.append(answer)
+    if problems:
+        raise InputError(problems)
+    if not answers:
+        raise InputError(f"{path}: is empty; VQAv2Dataset.make_dataset_index writes it")
+    return answers
+
+
+def vqa_accuracy(answers: Mapping[int, str], annotations: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """The official VQA v2 accuracy.
+
+    answers: the predicted answer by question id. annotations: those of the official file, each with `question_id`,
+    `answers` (ten of `{"answer": …}`), `answer_type`, `question_type`; they may come one by one from `stream_array`.
+    Questions that are in only one of the two do not count (their numbers are returned).
+
+    Returns percentages in [0, 100], not rounded (the official code rounds to two places): `overall`, `by_answer_type`
+    and `by_question_type` (both name → percentage), and counts `questions`, `not_answered`, `not_annotated`. `overall`
+    is 0 where no question counts.
+    """
+    totals: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0.0, 0])  # (grouping, name) → [sum, count]
+    found = not_answered = 0
+    for annotation in annotations:
+        answer = answers.get(annotation["question_id"])
+        if answer is None:
+            not_answered += 1
+            continue
+        found += 1
+        accuracy = answer_accuracy(answer, [given["answer"] for given in annotation["answers"]])
+        groups = (("overall", ""), ("answer", annotation["answer_type"]), ("question", annotation["question_type"]))
+        for group in groups:
+            totals[group][0] += accuracy
+            totals[group][1] += 1
+
+    def percentages(grouping: str) -> dict[str, float]:
+        return {name: 100 * total / n for (kind, name), (total, n) in totals.items() if kind == grouping}
+
+    return {
+        "overall": percentages("overall").get("", 0.0),
+        "by_answer_type": percentages("answer"),
+        "by_question_type": percentages("question"),
+        "questions": found,
+        "not_answered": not_answered,
+        "not_annotated": len(answers) - found,
+    }
+
+
+def answer_accuracy(answer: str, human_answers: list[str]) -> float:
+    """Accuracy in [0, 1] of one answer: for each annotator, min(1, matches among the others / 3); the mean of that.
+
+    Answers are put through the official processing only where the annotators do not all agree to the letter, as in
+    the official code: an agreed "The dog." matches "The dog." alone.
+    """
+    answer = _strip_space(answer)
+    human_answers = [_strip_space(given) for given in human_answers]
+    if len(set(human_answers)) > 1:
+        answer = normalize_word(answer)
+        human_answers = [normalize_word(given) for given in human_answers]
+    matches = human_answers.count(answer)
+    total = sum(min(1.0, (matches - (given == answer)) / 3) for given in human_answers)
+    return total / len(human_answers)
+
+
+def _strip_space(text: str) -> str:
+    return text.replace("\n", " ").replace("\t", " ").strip()
+
+
+def _strip_punctuation(text: str) -> str:
+    """Remove or open up punctuation: a sign next to a space anywhere in the text goes, else it becomes a space."""
+    remove_all = _COMMA_IN_NUMBER.search(text) is not None
+    result = text
+    for sign in _PUNCTUATION:
+        if sign in text:
+            removed = remove_all or sign + " " in text or " " + sign in text
+            result = result.replace(sign, "" if removed else " ")
+    return _PERIOD.sub("", result)
+
+
+def _tidy_words(text: str) -> str:
+    """Lower-case words, number words as digits, articles dropped, apostrophes of contractions restored."""
+    words = (_NUMBER_WORDS.get(word, word) for word in text.lower().split())
+    return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)
+
+
+def _answer_of_line(line: bytes, label: int) -> str:
+    """The answer in a line of `answer2label.txt`; ValueError where the line is not what line `label` must be."""
+    wanted = '{"answer": "…", "label": ' + str(label) + "}"
+    try:
+        entry = json.loads(line.decode("utf-8"))
+    except (ValueError, RecursionError):
+        raise ValueError(f"not JSON; {wanted} expected") from None
+    if not isinstance(entry, dict) or type(entry.get("answer")) is not str or type(entry.get("label")) is not int:
+        raise ValueError(f"{wanted} expected, found {line[:100]!r}")
+    if entry["label"] != label:
+        raise ValueError(f"label {entry['label']} in a line whose number, counted from 0, is {label}; wanted {wanted}")
+    return entry["answer"]
