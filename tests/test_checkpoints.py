@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from beit3.model.weights import read_checkpoint, write_weights
 from beit3.system.errors import CheckpointError, InputError
@@ -15,6 +16,7 @@ from beit3.training.checkpoints import (
     checkpoint_name,
     checkpoints_in,
     damage,
+    errors_named,
     prune,
     read_fingerprint,
     replace_folder,
@@ -265,6 +267,68 @@ def test_a_full_disk_is_told_and_leaves_nothing_half_written(tmp_path, monkeypat
         backend.save(tmp_path / "checkpoint-1.pth", {"fingerprint": FINGERPRINT, "description": {}})
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-0.pth"]
     assert first.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        SafetensorError("Error while serializing: I/O error: Disk quota exceeded (os error 122)"),
+        OSError(28, "No space left on device"),
+        OSError(122, "Disk quota exceeded"),
+    ],
+)
+def test_a_full_disk_is_called_that_whoever_writes(tmp_path, error):
+    wanted = r"best: could not be written \(disk full: .*(No space left|quota exceeded).*make room on the disk"
+    with pytest.raises(CheckpointError, match=wanted), errors_named(tmp_path / "best"):
+        raise error
+    with pytest.raises(CheckpointError, match=wanted), errors_named(tmp_path / "best"):
+        try:
+            raise error
+        except Exception:
+            raise RuntimeError("file write failed")  # noqa: B904  torch's writer says no more
+
+
+def test_another_failure_of_a_save_is_not_called_a_full_disk(tmp_path):
+    for error in (SafetensorError("tensors share memory"), OSError(30, "Read-only file system"), RuntimeError("no")):
+        with pytest.raises(CheckpointError) as caught, errors_named(tmp_path / "best"):
+            raise error
+        assert "disk full" not in str(caught.value)
+
+
+MANIFESTS = {
+    "no object": [],
+    "no files": {"fingerprint": {}},
+    "files a list": {"fingerprint": {}, "files": ["a"]},
+    "facts a number": {"fingerprint": {}, "files": {"a": 1}},
+    "facts missing": {"fingerprint": {}, "files": {"a": {"bytes": 1}}},
+    "outside": {"fingerprint": {}, "files": {"../a": {"bytes": 1, "sha256": ""}}},
+    "absolute": {"fingerprint": {}, "files": {"/etc/passwd": {"bytes": 1, "sha256": ""}}},
+}
+
+
+@pytest.mark.parametrize("kind", MANIFESTS)
+def test_a_manifest_of_another_form_is_damage_and_no_traceback(tmp_path, kind):
+    path = deepspeed(tmp_path, "checkpoint-0")
+    (path / "manifest.json").write_text(json.dumps(MANIFESTS[kind]))
+    assert "manifest.json is not one of this toolkit" in damage(path)
+
+
+@pytest.mark.parametrize(
+    "fingerprint", [{"recipe": [1]}, {"data": "x"}, {"recipe": {"--lr": torch.ones(1)}}, {"recipe": {1: 2}}]
+)
+def test_a_fingerprint_of_another_form_is_refused_by_name(tmp_path, fingerprint):
+    path = plain(tmp_path, "checkpoint-0", fingerprint=fingerprint)
+    with pytest.raises(InputError, match=r"checkpoint-0\.pth: .*fingerprint"):
+        read_fingerprint(path)
+
+
+@pytest.mark.parametrize("content", [b"<html>", b"", b"version https://git-lfs.github.com/spec/v1", b"x" * 600])
+def test_what_is_no_checkpoint_is_damage_and_no_traceback(tmp_path, content):
+    path = tmp_path / "checkpoint-0.pth"
+    path.write_bytes(content)
+    assert str(path) in damage(path)
+    assert "\n" not in damage(path)
 
 
 def test_the_log_has_each_epoch_once(tmp_path):

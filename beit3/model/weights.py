@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import math
-import pickle
-import zipfile
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from beit3.model.untrusted import (
+    SAFETENSORS,
+    check_file,
+    check_plain,
+    check_sizes,
+    kind_of,
+    load_untrusted,
+    read_safetensors,
+    refuse,
+)
 from beit3.system.atomic_files import atomic_write, sha256_of
-from beit3.system.errors import InputError
+from beit3.system.errors import InputError, printable
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +37,10 @@ LEADING_ROWS = 3
 MODEL_FILE = "model.safetensors"
 _UNSEALED = "0" * 64  # as long as a SHA-256 in hexadecimal
 DEEPSPEED_FILE = "mp_rank_00_model_states.pt"
+HUGGING_FACE_FILE = "pytorch_model.bin"
+MODEL_KEY = "model|module"  # where a `.pth` keeps its state dict unless the user says otherwise
+# A float of 8 bits means something only together with a scale that stands elsewhere.
+USABLE_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -39,92 +50,35 @@ class Checkpoint:
     Attributes:
         state_dict: {name: tensor on the CPU}.
         description: what the model is and what its head means (see `tasks`); empty for files made elsewhere.
-        path: where the weights came from.
+        path: the file that the weights came from.
+        prefix: what stood before the model's own names in the file and was taken off, such as "module.".
     """
 
     state_dict: dict[str, Tensor]
     description: dict[str, Any]
     path: Path
+    prefix: str = ""
 
 
 @dataclass
 class LoadReport:
-    """What became of every key, as lists of names."""
+    """What became of every key, as lists of names, and the prefix that was taken off them."""
 
     loaded: list[str] = field(default_factory=list)
     resized: list[str] = field(default_factory=list)
     new: list[str] = field(default_factory=list)
     unused: list[str] = field(default_factory=list)
+    prefix: str = ""
 
     def __str__(self) -> str:
         lines = [f"{len(self.loaded)} tensors loaded"]
+        if self.prefix:
+            lines.append(f"{printable(self.prefix)[:80]} taken off their names")
         for what, names in (("resized", self.resized), ("new", self.new), ("unused", self.unused)):
             if names:
-                shown = ", ".join(names[:6]) + (f", … ({len(names)} in all)" if len(names) > 6 else "")
+                shown = _listed(names)
                 lines.append(f"{what}: {shown}")
         return "; ".join(lines)
-
-
-def load_untrusted(path: Path) -> Any:
-    """`torch.load` on the CPU of tensors and plain values; code hidden in the file is refused and never runs.
-
-    Raises:
-        InputError: not a checkpoint, damaged, or holds anything but tensors and plain values.
-    """
-    try:
-        # Namespace is a bare holder of attributes; checkpoints of the original keep their arguments in one.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
-        reason = str(error)
-        if "GLOBAL" in reason or "Unsupported" in reason:
-            unsafe = [line.strip() for line in reason.splitlines() if "GLOBAL" in line or "Unsupported" in line]
-            raise InputError(
-                [f"{path}: refused, it holds more than tensors and plain values ({unsafe[0][:200]})"]
-            ) from error
-        raise InputError([f"{path}: not a readable checkpoint ({reason.splitlines()[0][:200]})"]) from error
-    except (RuntimeError, EOFError, ValueError, OSError, KeyError) as error:
-        raise InputError([f"{path}: not a readable checkpoint ({str(error).splitlines()[0][:200]})"]) from error
-
-
-def check_file(file: Path) -> None:
-    """Read a file of weights whole and compare its checksums, where it has any.
-
-    A `.pth` in torch's zip container has a CRC-32 of every part, a `.safetensors` of this toolkit the SHA-256 of its
-    tensors. torch and safetensors look at neither: a flipped bit would be a changed weight that nobody sees.
-
-    Raises:
-        InputError: truncated or altered.
-    """
-    try:
-        if file.suffix == ".safetensors":
-            _check_safetensors(file)
-        elif zipfile.is_zipfile(file):
-            with zipfile.ZipFile(file) as container:
-                part = container.testzip()
-            if part is not None:
-                raise InputError(f"{file}: damaged, {part} in it was altered since it was written")
-        elif _starts_as_zip(file):
-            raise InputError(f"{file}: damaged, its end is missing")
-    except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError, EOFError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{file}: damaged ({error})") from error
-
-
-def _starts_as_zip(file: Path) -> bool:
-    with open(file, "rb") as content:
-        return content.read(2) == b"PK"
-
-
-def _check_safetensors(file: Path) -> None:
-    """Layout: 8 bytes with the length of the JSON header, the header, the tensors (safetensors' format description)."""
-    with open(file, "rb") as content:
-        length = int.from_bytes(content.read(8), "little")
-        header = json.loads(content.read(min(length, 1 << 28)).decode("utf-8"))
-        wanted = header.get("__metadata__", {}).get("sha256")
-        if wanted is not None and sha256_of(content) != wanted:
-            raise InputError(f"{file}: damaged, its tensors were altered since they were written")
 
 
 def _seal_safetensors(file: Path) -> None:
@@ -137,22 +91,71 @@ def _seal_safetensors(file: Path) -> None:
 
 
 def find_weights(path: Path) -> Path:
-    """The file that holds the weights: `path` itself, or inside a folder that a DeepSpeed run left.
+    """The file that holds the weights: `path` itself, or the one in a folder.
+
+    A folder may be a checkpoint (of this toolkit, of DeepSpeed, of Hugging Face), or hold some: then `checkpoint-best`
+    is taken, else the one that DeepSpeed's `latest` names, else the only one, and the log says which.
 
     Raises:
-        InputError: nothing there.
+        InputError: nothing there, or several and no reason to take one of them.
     """
-    if path.is_file():
-        return path
-    if not path.is_dir():
-        raise InputError([f"{path}: no such checkpoint"])
-    for candidate in (path / MODEL_FILE, path / DEEPSPEED_FILE, *sorted(path.glob(f"*/{DEEPSPEED_FILE}"))):
-        if candidate.is_file():
-            return candidate
-    raise InputError([f"{path}: a folder without {MODEL_FILE} or {DEEPSPEED_FILE}; is it a checkpoint?"])
+    try:
+        if path.is_file():
+            return path
+        if not path.is_dir():
+            refuse(path, "neither a file nor a folder" if path.exists() else "no such checkpoint")
+        own = _file_in(path)
+        if own is not None:
+            return own
+        names = sorted(entry.name for entry in path.iterdir())
+        inside = _best_in(path, names)
+    except (OSError, ValueError) as error:  # ValueError: a name with a zero byte in it
+        if isinstance(error, InputError):
+            raise
+        refuse(path, f"no checkpoint that can be read ({getattr(error, 'strerror', None) or error})")
+    if inside is None:
+        refuse(path, _nothing_in(names))
+    logger.info("%s: a folder with checkpoints; the weights are those of %s", path, inside.relative_to(path))
+    return inside
 
 
-def read_checkpoint(path: str | Path, model_key: str = "model|module", prefix: str = "") -> Checkpoint:
+def _file_in(folder: Path) -> Path | None:
+    candidates = (folder / name for name in (MODEL_FILE, DEEPSPEED_FILE, HUGGING_FACE_FILE))
+    return next((file for file in candidates if file.is_file()), None)
+
+
+def _best_in(folder: Path, names: list[str]) -> Path | None:
+    """The weights to take from a folder that holds checkpoints, None where nothing tells which."""
+    wanted = ["checkpoint-best"]
+    latest = folder / "latest"  # one line with the name of the folder that DeepSpeed wrote last
+    if latest.is_file() and latest.stat().st_size < 1000:
+        tag = latest.read_text(encoding="utf-8", errors="replace").strip()
+        wanted += [tag] if tag in names else []
+    for name in wanted:
+        if (found := _file_in(folder / name)) is not None:
+            return found
+    if (folder / "checkpoint-best.pth").is_file():
+        return folder / "checkpoint-best.pth"
+    single = [file for name in names if (file := _file_in(folder / name)) is not None]
+    single += [folder / name for name in names if re.fullmatch(r"checkpoint-.*\.pth", name)]
+    return single[0] if len(single) == 1 else None
+
+
+def _nothing_in(names: list[str]) -> str:
+    """Why a folder with these names in it gives no weights."""
+    shown = f"it holds {_listed(names)}" if names else "it is empty"
+    if any(name.startswith("checkpoint-") for name in names):
+        return f"a folder without checkpoint-best; name one of what is there: {shown}"
+    if any(name.endswith(".index.json") for name in names):
+        return "its weights are split into several files, which this toolkit does not join"
+    if any(name.startswith("zero_pp_rank_0_") for name in names):
+        return "its weights are split among processes; join them with DeepSpeed's zero_to_fp32.py"
+    if {"data.pkl", "data"} <= set(names):
+        return "a .pth that was unpacked; zip the folder again with `zip -0 -r`"
+    return f"a folder without {MODEL_FILE}, {DEEPSPEED_FILE} or {HUGGING_FACE_FILE}; is it a checkpoint? {shown}"
+
+
+def read_checkpoint(path: str | Path, model_key: str = MODEL_KEY, prefix: str = "") -> Checkpoint:
     """Read weights from `.pth`, `.safetensors` or a checkpoint folder.
 
     Args:
@@ -162,30 +165,95 @@ def read_checkpoint(path: str | Path, model_key: str = "model|module", prefix: s
     Raises:
         InputError: missing, damaged, unsafe, or no state dict inside.
     """
-    path = Path(path)
-    file = find_weights(path)
+    file = find_weights(Path(path))
     check_file(file)
-    if file.suffix == ".safetensors":
-        state_dict, description = _read_safetensors(file)
+    state_dict: Mapping[Any, Any]
+    if kind_of(file) == SAFETENSORS:
+        state_dict, metadata = read_safetensors(file)
+        description = _parsed(metadata.get("description", "{}"), file)
     else:
         content = load_untrusted(file)
         if not isinstance(content, Mapping):
-            raise InputError([f"{file}: holds a {type(content).__name__}, wanted a state dict"])
-        description = content.get("description") or {}
-        state_dict = next((dict(content[key]) for key in model_key.split("|") if key in content), dict(content))
-    tensors = {f"{prefix}{name}": value for name, value in state_dict.items() if isinstance(value, Tensor)}
+            refuse(file, f"holds a {type(content).__name__}, wanted a state dict")
+        description = {} if content.get("description") is None else content["description"]
+        state_dict = _state_dict_in(content, model_key, file)
+    check_plain(description, file, "description")
+    tensors = {
+        f"{prefix}{name}": value
+        for name, value in state_dict.items()
+        if isinstance(name, str) and isinstance(value, Tensor)
+    }
     if not tensors:
-        raise InputError([f"{file}: no weights under {model_key.replace('|', ' or ')} nor at the top"])
-    return Checkpoint(tensors, dict(description), path)
+        refuse(file, "holds no tensor")
+    check_sizes(tensors, file)
+    foreign = "" if prefix else _prefix_of(tensors, file)
+    return Checkpoint(_without_prefix(tensors, foreign, file), dict(description), file, foreign)
 
 
-def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _parsed(text: str, file: Path) -> Any:
     try:
-        with safe_open(file, framework="pt", device="cpu") as content:
-            description = json.loads((content.metadata() or {}).get("description", "{}"))
-            return {name: content.get_tensor(name) for name in content.keys()}, description  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
-        raise InputError([f"{file}: not a readable safetensors file ({error})"]) from error
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError([f"{printable(str(file))}: its description is no JSON that can be read"]) from error
+
+
+def _state_dict_in(content: Mapping[Any, Any], model_key: str, file: Path) -> Mapping[Any, Any]:
+    """The state dict under the first of the keys that is there, or the content itself.
+
+    Raises:
+        InputError: no tensor there; lists the keys that are there.
+    """
+    key = next((key for key in model_key.split("|") if key in content), None)
+    found = content if key is None else content[key]
+    if not isinstance(found, Mapping):
+        refuse(file, f"holds a {type(found).__name__} under {printable(str(key))}, wanted a state dict")
+    asked = printable(model_key).replace("|", " or ")[:80]
+    names = _listed([name if isinstance(name, str) else f"a {type(name).__name__}" for name in found], 8)
+    holds_weights = _has_tensor(found)
+    if key is None and holds_weights and model_key != MODEL_KEY:
+        refuse(file, f"has no {asked}, which --model_key asks for; its keys are {names}")
+    if key is None and not holds_weights:
+        hint = next(
+            (name for name, value in content.items() if isinstance(value, Mapping) and _has_tensor(value)), None
+        )
+        advice = f"; try --model_key {printable(str(hint))[:40]}" if hint is not None else ""
+        refuse(file, f"no weights under {asked} nor at the top; its keys are {names or 'none'}{advice}")
+    if not holds_weights:
+        refuse(file, f"no weights under {printable(str(key))}; its keys are {names or 'none'}")
+    return found
+
+
+def _has_tensor(content: Mapping[Any, Any]) -> bool:
+    return any(isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items())
+
+
+def _prefix_of(names: Iterable[str], file: Path) -> str:
+    """What stands before `beit3.` in all names that have it, such as "module." or "_orig_mod.module."; "" for none.
+
+    Raises:
+        InputError: several, so several models.
+    """
+    names = list(names)
+    if any(name.startswith("beit3.") for name in names):
+        return ""
+    found = sorted({name.split(".beit3.")[0] + "." for name in names if ".beit3." in name})
+    if len(found) > 1:
+        refuse(file, f"holds {len(found)} models, under {_listed(found, 4)}; save one of them alone")
+    return found[0] if found else ""
+
+
+def _without_prefix(tensors: dict[str, Tensor], prefix: str, file: Path) -> dict[str, Tensor]:
+    """Names that do not have the prefix, such as a counter beside the model, stay as they are."""
+    renamed = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    if len(renamed) < len(tensors):
+        refuse(file, f"holds some names with {printable(prefix)[:60]} before them and without; which ones count?")
+    return renamed
+
+
+def _listed(names: Sequence[str], most: int = 6, width: int = 60) -> str:
+    """The first names of a file or folder, printable and cut, and how many there are."""
+    shown = ", ".join(printable(name)[:width] for name in names[:most])
+    return shown + (f", … ({len(names)} in all)" if len(names) > most else "")
 
 
 def write_weights(path: Path, state_dict: Mapping[str, Tensor], description: Mapping[str, Any]) -> None:
@@ -232,26 +300,29 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, *, new_head: bool) ->
         new_head: keys outside `beit3.` may be missing and keep their fresh values (fine-tuning).
 
     Raises:
-        InputError: listing every missing key and every shape that does not fit.
+        InputError: listing every missing key, every shape that does not fit, and the tensors that are no numbers.
     """
     wanted = model.state_dict()
     given = dict(checkpoint.state_dict)
-    report = LoadReport(unused=sorted(given.keys() - wanted.keys()))
-    table = given.get(POSITION_TABLE)
-    if table is not None and POSITION_TABLE in wanted and table.shape != wanted[POSITION_TABLE].shape:
-        given[POSITION_TABLE] = resize_positions(table, wanted[POSITION_TABLE].shape[0])
-        report.resized.append(f"{POSITION_TABLE} {table.shape[0]} → {wanted[POSITION_TABLE].shape[0]} rows")
+    path = printable(str(checkpoint.path))
+    report = LoadReport(unused=sorted(given.keys() - wanted.keys()), prefix=checkpoint.prefix)
+    if wanted.keys().isdisjoint(given):
+        raise InputError([f"{path}: {_of_another_model(given, wanted)}"])
+    unusable = {name: fault for name in given.keys() & wanted.keys() if (fault := _fault(given[name], wanted[name]))}
     problems = []
+    if unusable:
+        shown = _listed([f"{name[:60]} ({fault})" for name, fault in sorted(unusable.items())], 3, width=100)
+        problems.append(f"{path}: {len(unusable)} tensors cannot be weights: {shown}")
+    elif POSITION_TABLE in given and POSITION_TABLE in wanted:
+        problems += _fit_positions(given, wanted[POSITION_TABLE], report, path)
     for name, own in wanted.items():
         if name not in given:
             if new_head and not name.startswith("beit3."):
                 report.new.append(name)
             else:
-                problems.append(f"{checkpoint.path}: {name} is missing")
+                problems.append(f"{path}: {name} is missing")
         elif given[name].shape != own.shape:
-            problems.append(
-                f"{checkpoint.path}: {name} is {tuple(given[name].shape)}, the model has {tuple(own.shape)}"
-            )
+            problems.append(f"{path}: {name} is {tuple(given[name].shape)}, the model has {tuple(own.shape)}")
         else:
             report.loaded.append(name)
     if problems:
@@ -260,3 +331,45 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, *, new_head: bool) ->
         for name in report.loaded:
             wanted[name].copy_(given[name])
     return report
+
+
+def _of_another_model(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:
+    if any(f"beit3.{name}" in wanted for name in given):
+        return "its names lack the beit3. of this model's; add --model_prefix beit3."
+    return f"the weights of another model, none of its names is known here: {_listed(sorted(given), 3)}"
+
+
+def _fault(tensor: Tensor, own: Tensor) -> str | None:
+    """Why a tensor of a file cannot stand in for the model's own one, None when it can. Shapes are looked at apart."""
+    if tensor.is_quantized:
+        return "quantised"
+    if tensor.layout != torch.strided or tensor.is_nested:
+        return "sparse"
+    if tensor.is_meta:
+        return "without values"
+    kind = str(tensor.dtype).removeprefix("torch.")
+    if not own.is_floating_point():
+        return None if tensor.dtype == own.dtype else kind
+    if tensor.dtype not in USABLE_DTYPES:
+        return kind
+    if tensor.shape != own.shape and own.dim() != tensor.dim():
+        return None  # told as a shape; a file decides how large this one is
+    # One value that is NaN or infinite makes the sum so, and a sum is read faster than a mask is made. Sums of finite
+    # values can be infinite too, so a broken sum is looked into.
+    total = tensor.sum(dtype=torch.float64 if tensor.dtype == torch.float64 else torch.float32)
+    if total.isfinite() or tensor.isfinite().all():
+        return None
+    return "NaN or infinity inside"
+
+
+def _fit_positions(given: dict[str, Tensor], own: Tensor, report: LoadReport, path: str) -> list[str]:
+    """Resize the table of image positions in `given` where it has another number of rows; returns what is wrong."""
+    table = given[POSITION_TABLE]
+    if table.dim() != 2 or table.shape == own.shape or table.shape[1] != own.shape[1]:
+        return []  # fits, or will be told as a shape
+    try:
+        given[POSITION_TABLE] = resize_positions(table, own.shape[0])
+    except (ValueError, RuntimeError):
+        return [f"{path}: {POSITION_TABLE} has {table.shape[0]} rows, wanted 3 and a square number of patches"]
+    report.resized.append(f"{POSITION_TABLE} {table.shape[0]} → {own.shape[0]} rows")
+    return []

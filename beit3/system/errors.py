@@ -31,6 +31,11 @@ class CheckpointError(RuntimeError):
     """A checkpoint that could not be written; the message names it and says what became of the older ones."""
 
 
+def printable(text: str) -> str:
+    """`text` with every character that is not printable (control, escape, direction, half of a pair) as its escape."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
 def _list_problems(problems: list[str]) -> str:
     if len(problems) == 1:
         return problems[0]

@@ -9,6 +9,7 @@ fingerprint: the versions, the number of processes, and what of recipe and data 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -21,10 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
-from beit3.model.weights import check_file, load_untrusted
+from beit3.model.untrusted import check_file, check_plain, load_untrusted
 from beit3.system.atomic_files import UNFINISHED, atomic_write, sha256_of, sync
-from beit3.system.errors import CheckpointError, InputError
+from beit3.system.errors import CheckpointError, InputError, printable
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +84,12 @@ def read_fingerprint(path: Path) -> dict[str, Any]:
     content = _read_manifest(path) if path.is_dir() else load_untrusted(path)
     if not isinstance(content, Mapping) or not isinstance(content.get("fingerprint"), Mapping):
         raise InputError(f"{path}: holds weights only; give it to --finetune, or resume from a full checkpoint")
-    return dict(content["fingerprint"])
+    fingerprint = dict(content["fingerprint"])
+    check_plain(fingerprint, path, "fingerprint")
+    for part in ("versions", "recipe", "data"):
+        if not isinstance(fingerprint.get(part, {}), dict):
+            raise InputError(f"{path}: not a checkpoint of this toolkit, {part} in its fingerprint is no mapping")
+    return fingerprint
 
 
 def versions() -> dict[str, str]:
@@ -118,16 +125,31 @@ def errors_named(path: Path) -> Iterator[None]:
     """A save that fails says which file, and that nothing older was harmed.
 
     Raises:
-        CheckpointError: for what operating system and torch's writer raise.
+        CheckpointError: for what operating system and the writers of torch and safetensors raise.
     """
     try:
         yield
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        full = _full_disk(error)
+        if full is not None:
+            reason = f"disk full: {full}"
         raise CheckpointError(
             f"{path}: could not be written ({reason}). Nothing half-written is left and older checkpoints are as they "
             "were; make room on the disk and run the same command again"
         ) from error
+
+
+def _full_disk(error: BaseException | None) -> str | None:
+    """What the system said where the disk, or the user's share of it, is full; writers hide that in other errors."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return str(error)
+        # Rust, in which safetensors is written, ends its messages so: 28 is ENOSPC, 122 EDQUOT.
+        if isinstance(error, SafetensorError) and re.search(r"os error (28|122)\b", str(error)):
+            return str(error)
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def replace_folder(aside: Path, path: Path) -> None:
@@ -190,6 +212,10 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         raise InputError(f"{folder}: not complete, {MANIFEST} cannot be read ({error})") from error
     if not isinstance(content, dict) or not isinstance(content.get("files"), dict):
         raise InputError(f"{folder}: {MANIFEST} is not one of this toolkit")
+    for name, facts in content["files"].items():
+        inside = not Path(name).is_absolute() and ".." not in Path(name).parts
+        if not (inside and isinstance(facts, dict) and {"bytes", "sha256"} <= facts.keys()):
+            raise InputError(f"{folder}: {MANIFEST} is not one of this toolkit ({printable(name)[:80]})")
     return content
 
 

@@ -233,5 +233,5 @@ def _safe_load(path: str, map_location: object = None) -> Any:
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
 
-    with torch.serialization.safe_globals([LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]):
-        return load_untrusted(Path(path))
+    classes = (LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address)
+    return load_untrusted(Path(path), also={f"{kind.__module__}.{kind.__qualname__}": kind for kind in classes})
