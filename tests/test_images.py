@@ -187,7 +187,10 @@ def test_the_orientation_in_exif_is_not_applied(tmp_path):
         (lambda path: _gradient().save(path, "PDF"), "but a PDF file"),
         (lambda path: _gradient().save(path, "PPM"), "but a netpbm picture"),
         (lambda path: _gradient().save(path, "ICO"), "but something else"),
-        (lambda path: path.write_bytes(b"\xff\xd8\xff\xe0 and no more"), r"corrupt header of JPEG data \(Trunc"),
+        (
+            lambda path: path.write_bytes(b"\xff\xd8\xff\xe0 and no more"),
+            "JPEG data .its header goes on beyond its end",
+        ),
         (lambda path: path.write_bytes(b"BM and no more"), "of BMP data|begins as BMP data but its header is corrupt"),
     ],
 )

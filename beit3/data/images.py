@@ -7,65 +7,55 @@ from __future__ import annotations
 
 import io
 import os
-import re
 import stat
-import zlib
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import BinaryIO
 
 import numpy as np
 import torch
 import torchvision  # noqa: F401  registers torch.ops.image
 from PIL import Image, ImageFile, UnidentifiedImageError, features
 
-FORMATS = {"JPEG": "JPEG", "PNG": "PNG", "WEBP": "WebP", "BMP": "BMP", "GIF": "GIF", "TIFF": "TIFF", "AVIF": "AVIF"}
-"""Pillow's names of the formats that are read → how people write them."""
+from beit3.data import jpeg_warnings
+from beit3.data.picture_files import (
+    FORMATS,
+    HEAD,
+    HEADER_LIMIT,
+    CutOff,
+    check_gif,
+    check_jpeg,
+    check_png,
+    check_tiff,
+    describe_stranger,
+    format_of,
+    tile_pixels,
+)
+from beit3.system.errors import printable
+
 PIXEL_LIMIT = 50_000_000  # pixels; COCO's largest picture has 0.4 million, today's cameras reach 50 million
+SIDE_LIMIT = 65_535  # pixels, as in JPEG; resizing needs memory in proportion to the height, whatever the width
 SCREEN_LIMIT = 20  # a folder with this many bad pictures needs mending, not a longer list
 
 _BYTES_PER_PIXEL = 8  # uncompressed 16-bit RGBA, more than any honest file of the formats above needs
-_JPEG_END = b"\xff\xd9"
-_PNG_START, _PNG_END = b"\x89PNG\r\n\x1a\n", b"\x00\x00\x00\x00IEND\xaeB`\x82"
-_GIF_END = b"\x3b"
-# What each format begins with; a dot stands for any byte. AVIF's last two brands are those of other pictures too.
-_STARTS = {
-    "JPEG": rb"\xff\xd8\xff",
-    "PNG": re.escape(_PNG_START),
-    "WEBP": rb"RIFF....WEBP",
-    "BMP": rb"BM",
-    "GIF": rb"GIF8[79]a",
-    "TIFF": rb"II\*\0|MM\0\*|II\+\0|MM\0\+",
-    "AVIF": rb"....ftyp(avif|avis|mif1|msf1)",
-}
-# What people have and what is not read: a start, and what to call it in the refusal.
-_STRANGERS = {
-    rb"....(jP  |ftypjp2)|\xff\x4f\xff\x51": "a JPEG 2000 picture",
-    rb"....ftyp(heic|heix|hevc|heim|heis)": "a HEIC picture",
-    rb"....JXL |\xff\x0a": "a JPEG XL picture",
-    rb"....ftyp|\x1a\x45\xdf\xa3": "a video",
-    rb"%!PS|\xc5\xd0\xd3\xc6": "a PostScript file",
-    rb"%PDF": "a PDF file",
-    rb"8BPS": "a Photoshop file",
-    rb"P[1-7]\s": "a netpbm picture",
-    rb"(?i)\s*(<\?xml[^>]*>\s*)?(<!doctype svg|<svg)": "an SVG drawing",
-    rb"(?i)\s*<(!doctype html|html|head|body)": "an HTML page",
-    rb"\s*<": "a page of markup",
-    rb"version https://git-lfs": "a Git LFS pointer, not the file itself",
-    rb"PK\x03\x04": "a zip archive",
-    rb"\x1f\x8b": "a gzip archive",
-    rb"\0{16}": "zeros",
-}
-_HEAD = 256  # bytes that tell what a file is
+_JPEG_END, _PNG_END, _GIF_END = b"\xff\xd9", b"\x00\x00\x00\x00IEND\xaeB`\x82", b"\x3b"
+_FIRST = HEADER_LIMIT + (1 << 17)  # bytes that are read before a large file is judged
 _RGB = 3  # torchvision.io.ImageReadMode.RGB
+_SCREEN_HEAD = 1 << 14  # bytes; the size of nearly every JPEG stands in them, behind a preview at most
+_SCREEN_BYTES = 1 << 22  # a progressive JPEG of more is left to the loading
 _CHUNK = 512  # files per job when screening: a job per file would cost more than the check
 
 
 class ImageError(ValueError):
-    """A picture that is missing, refused or undecodable. The message starts with the file and says what is wrong."""
+    """A picture that is missing, refused or undecodable. The message starts with the file and says what is wrong.
+
+    Both come from a stranger's file, so the message shows their control characters as escapes.
+    """
 
     def __init__(self, path: str | os.PathLike[str], problem: str):
         self.path, self.problem = os.fspath(path), problem
-        super().__init__(f"{self.path}: {problem}")
+        super().__init__(printable(f"{self.path}: {problem}"))
 
     def __reduce__(self) -> tuple[type, tuple[str, str]]:  # as itself out of a loader's worker
         return type(self), (self.path, self.problem)
@@ -78,27 +68,24 @@ def decode_image(path: str | os.PathLike[str], pixel_limit: int = PIXEL_LIMIT) -
         path: a JPEG, PNG, WebP, BMP, GIF, TIFF or AVIF file. Its content tells which; its name is of no account, as
             the official data of COCO, NLVR2 and ImageNet hold PNG under .jpg, JPEG under .png and PNG under .JPEG.
             Of several frames or pages it is the first. AVIF is read where Pillow was built with it.
-        pixel_limit: width x height that the header may announce, in pixels.
+        pixel_limit: width x height that the header may announce, in pixels; each side may have `SIDE_LIMIT`.
 
     Returns:
         uint8 (3, H, W), RGB, stored as (H, W, 3). The pixels are those of Pillow's `convert("RGB")`: transparency is
-        dropped, the orientation noted in EXIF is not applied (as in the original's loader). One thing differs: of
-        16-bit grey pictures the high byte is taken, where Pillow clips nearly everything to white.
+        dropped, the orientation noted in EXIF is not applied (as in the original's loader; Pillow applies a TIFF's).
+        One thing differs: of 16-bit grey pictures the high byte is taken, where older releases of Pillow clip nearly
+        everything to white. A damaged JPEG that Pillow reads is read; what libjpeg said of it goes to the log, see
+        `beit3.data.jpeg_warnings`. Damage that libjpeg does not notice shows as wrong colours without a word.
 
     Raises:
-        ImageError: the file is missing or no plain file, of none of these formats, over the pixel limit, truncated or
-            corrupt. Memory stays bounded by the pixel limit whatever the file claims.
+        ImageError: the file is missing or no plain file, of none of these formats, over a limit, truncated or corrupt.
+            Memory stays bounded by the pixel limit whatever the file claims.
     """
-    data = _read(path, byte_limit=_BYTES_PER_PIXEL * pixel_limit)
-    image = _open(path, data, pixel_limit)  # parses the header only
     try:
-        if image.format == "JPEG" and image.mode in ("RGB", "L") and _jpeg_decoder is not None:
-            return _jpeg_decoder(torch.frombuffer(data, dtype=torch.uint8), _RGB, False)
-        if image.format == "PNG":
-            _check_png_chunks(data)
-        return _decode_with_pillow(image)
-    except Exception as error:  # whatever a decoder throws at corrupt data, from zlib.error to IndexError
-        raise ImageError(path, f"truncated or corrupt {image.format} data ({_first_line(error)})") from error
+        with _open_file(path, byte_limit=_BYTES_PER_PIXEL * pixel_limit) as file:
+            return _decode(path, file, pixel_limit)
+    except OSError as error:
+        raise ImageError(path, error.strerror or str(error)) from error
 
 
 def screen_images(
@@ -164,87 +151,110 @@ def _find_jpeg_decoder() -> Callable[[torch.Tensor, int, bool], torch.Tensor] | 
 
 
 _jpeg_decoder = _find_jpeg_decoder()
+# Pillow warns of harmless oddities (a wrong note in a TIFF) without naming a file; what is not harmless it raises.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
-def _read(path: str | os.PathLike[str], byte_limit: int) -> bytearray:
-    """The bytes of a plain file of at most `byte_limit` bytes."""
+def _open_file(path: str | os.PathLike[str], byte_limit: int) -> io.FileIO:
+    """A plain file of at most `byte_limit` bytes, open and not buffered."""
+    status = os.stat(path)  # before opening: opening a pipe would wait for ever
+    if not stat.S_ISREG(status.st_mode):
+        raise ImageError(path, "not a file")
+    if status.st_size == 0:
+        raise ImageError(path, "empty file")
+    if status.st_size > byte_limit:
+        raise ImageError(path, f"file of {status.st_size} bytes, more than the {byte_limit} a picture may have")
+    return io.FileIO(path)
+
+
+def _decode(path: str | os.PathLike[str], file: io.FileIO, pixel_limit: int) -> torch.Tensor:
+    size = os.fstat(file.fileno()).st_size
+    data = _read(file, min(size, _FIRST))
+    format = format_of(data[:HEAD])
+    if format is None:
+        raise ImageError(path, describe_stranger(bytes(data[:HEAD])))
+    if format == "AVIF" and not features.check("avif"):
+        raise ImageError(path, "an AVIF picture, which the installed Pillow cannot read: install Pillow 11.3 or newer")
     try:
-        status = os.stat(path)  # before opening: opening a pipe would wait for ever
-        if not stat.S_ISREG(status.st_mode):
-            raise ImageError(path, "not a file")
-        if status.st_size == 0:
-            raise ImageError(path, "empty file")
-        if status.st_size > byte_limit:
-            raise ImageError(path, f"file of {status.st_size} bytes, more than the {byte_limit} a picture may have")
-        data = bytearray(status.st_size)
-        with open(path, "rb") as file:
-            del data[file.readinto(data) :]
-    except OSError as error:
-        raise ImageError(path, error.strerror or str(error)) from error
+        data, source = _check_structure(format, data, file, size)
+        image = _open(path, format, source, pixel_limit)  # parses the header only
+        if format == "JPEG" and image.mode in ("RGB", "L") and _jpeg_decoder is not None:
+            return _decode_jpeg(path, data, image)
+        return _decode_with_pillow(image)
+    except ImageError:
+        raise
+    except Exception as error:  # whatever a decoder throws at corrupt data, from zlib.error to IndexError
+        raise ImageError(path, f"truncated or corrupt {FORMATS[format]} data ({_first_line(error)})") from error
+
+
+def _read(file: io.FileIO, count: int) -> bytearray:
+    """The next `count` bytes, fewer where the file ends."""
+    data = bytearray(count)
+    view, filled = memoryview(data), 0
+    while filled < count and (more := file.readinto(view[filled:])):
+        filled += more
+    view.release()
+    del data[filled:]
     return data
 
 
-def _open(path: str | os.PathLike[str], data: bytearray, pixel_limit: int) -> Image.Image:
+def _check_structure(format: str, data: bytearray, file: io.FileIO, size: int) -> tuple[bytearray, BinaryIO]:
+    """(what of the file is in memory, what a decoder may read from), after the checks of `beit3.data.picture_files`."""
+    if format == "JPEG":
+        width, height, _ = check_jpeg(data)
+        if size > len(data):  # what lies behind the picture, films of phones among them, is not read
+            data += _read(file, min(size, len(data) + _BYTES_PER_PIXEL * width * height) - len(data))
+            check_jpeg(data)
+        return data, io.BytesIO(data)
+    if format in ("PNG", "WEBP", "AVIF"):  # their decoders want the whole file in any case
+        data += _read(file, size - len(data))
+        if format == "PNG":
+            check_png(data)
+        return data, io.BytesIO(data)
+    source = io.BytesIO(data) if len(data) == size else io.BufferedReader(file)
+    if format == "GIF":
+        check_gif(data)
+    if format == "TIFF":
+        check_tiff(source, size)
+    source.seek(0)
+    return data, source
+
+
+def _open(path: str | os.PathLike[str], format: str, source: BinaryIO, pixel_limit: int) -> Image.Image:
     """The picture with its header read and judged, its pixels still undecoded."""
-    head = bytes(data[:_HEAD])
-    format = _format_of(head)
-    if format is None:
-        raise ImageError(path, f"not a {_known_formats()} picture but {_describe_stranger(head)}")
-    if format == "AVIF" and not features.check("avif"):
-        raise ImageError(path, "an AVIF picture, which the installed Pillow cannot read: install Pillow 11.3 or newer")
     too_large = f"more pixels than the limit of {pixel_limit / 1e6:g} megapixels"
     try:
-        image = Image.open(io.BytesIO(data), formats=[format])
+        image = Image.open(source, formats=[format])
     except UnidentifiedImageError as error:
-        raise ImageError(path, f"begins as {FORMATS[format]} data but its header is corrupt: {head[:16]!r}…") from error
+        source.seek(0)
+        start = source.read(16)
+        raise ImageError(path, f"begins as {FORMATS[format]} data but its header is corrupt: {start!r}…") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # Pillow's own, higher limit
         raise ImageError(path, too_large) from error
-    except Exception as error:  # as in decode_image
+    except Exception as error:  # as in _decode
         raise ImageError(path, f"corrupt header of {FORMATS[format]} data ({_first_line(error)})") from error
     image.format = format  # Pillow says MPO of a JPEG with further pictures behind it, as some cameras write
     if image.width * image.height > pixel_limit:
         raise ImageError(path, f"{image.width}x{image.height}, {too_large}")
+    if max(image.size) > SIDE_LIMIT:
+        raise ImageError(path, f"{image.width}x{image.height}, more than the {SIDE_LIMIT} pixels that a side may have")
+    if format == "TIFF" and tile_pixels(image.tag_v2) > pixel_limit:  # type: ignore[attr-defined]
+        raise ImageError(path, f"a tile of {too_large}")
     return image
 
 
-def _format_of(head: bytes) -> str | None:
-    """Pillow's name of the format that a file with these first bytes has; None if it is none that is read."""
-    for format, start in _STARTS.items():
-        if re.match(start, head, re.DOTALL):
-            return format
-    return None
-
-
-def _known_formats() -> str:
-    *names, last = FORMATS.values()
-    return f"{', '.join(names)} or {last}"
-
-
-def _describe_stranger(head: bytes) -> str:
-    """What a file of no known format seems to be, and its first bytes."""
-    for start, name in _STRANGERS.items():
-        if re.match(start, head, re.DOTALL):
-            return f"{name}: {head[:16]!r}…"
-    return f"something else: {head[:16]!r}…"
-
-
-def _check_png_chunks(data: bytearray) -> None:
-    """Raises ValueError unless every critical chunk up to the last is there and sound.
-
-    Pillow stops looking once it has enough pixels, right or wrong. Layout: PNG specification, section 5.3.
-    """
-    view, start = memoryview(data), len(_PNG_START)
-    while start + 12 <= len(data):
-        length = int.from_bytes(view[start : start + 4], "big")
-        kind, end = bytes(view[start + 4 : start + 8]), start + 8 + length
-        if end + 4 > len(data):
-            break
-        if kind[:1].isupper() and zlib.crc32(view[start + 4 : end]) != int.from_bytes(view[end : end + 4], "big"):
-            raise ValueError(f"wrong checksum of chunk {kind.decode('latin-1')} at byte {start}")
-        if kind == b"IEND":
-            return
-        start = end + 4
-    raise ValueError("its end is missing")
+def _decode_jpeg(path: str | os.PathLike[str], data: bytearray, image: Image.Image) -> torch.Tensor:
+    """By torchvision; what that refuses and Pillow reads is read, as Pillow is what others load their pictures with."""
+    assert _jpeg_decoder is not None
+    with jpeg_warnings.listen(path):
+        try:
+            return _jpeg_decoder(torch.frombuffer(data, dtype=torch.uint8), _RGB, False)
+        except RuntimeError as error:
+            refusal = error
+    try:
+        return _decode_with_pillow(image)
+    except Exception:
+        raise refusal from None  # its words say more
 
 
 def _decode_with_pillow(image: Image.Image) -> torch.Tensor:
@@ -276,30 +286,48 @@ def _screen_chunk(files: Sequence[str], limit: int) -> list[str]:
 
 
 def _looks_whole(file: str) -> bool:
-    """Whether the first and last bytes are those of a whole picture of one format."""
+    """Whether the first and last bytes are those of a whole picture of one format, of a size within the limits."""
     try:
         status = os.stat(file)
         if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
             return False
         size, descriptor = status.st_size, os.open(file, os.O_RDONLY)
         try:
-            head, tail = os.pread(descriptor, 32, 0), os.pread(descriptor, 12, max(0, size - 12))
+            head = os.pread(descriptor, _SCREEN_HEAD, 0)
+            tail = os.pread(descriptor, 12, max(0, size - 12)) if size > len(head) else head[-12:]
+            format = format_of(head)
+            if format == "JPEG":
+                return tail.endswith(_JPEG_END) and _jpeg_header_is_sound(head, descriptor, size)
         finally:
             os.close(descriptor)
     except OSError:
         return False
-    format = _format_of(head)
-    if format == "JPEG":
-        return tail.endswith(_JPEG_END)
     if format == "PNG":  # its first chunk is the header, so the size lies at a fixed place
         width, height = int.from_bytes(head[16:20], "big"), int.from_bytes(head[20:24], "big")
-        return tail == _PNG_END and 0 < width * height <= PIXEL_LIMIT
+        return tail == _PNG_END and _within_limits(width, height)
     if format == "WEBP":
         return int.from_bytes(head[4:8], "little") + 8 == size
     if format == "GIF":
         width, height = int.from_bytes(head[6:8], "little"), int.from_bytes(head[8:10], "little")
-        return tail.endswith(_GIF_END) and 0 < width * height <= PIXEL_LIMIT
+        return tail.endswith(_GIF_END) and _within_limits(width, height)
     return False  # the others are decoded: their ends tell nothing, and collections of them are rare
+
+
+def _jpeg_header_is_sound(head: bytes, descriptor: int, size: int) -> bool:
+    """Whether a JPEG's size is within the limits and its scans are not too many; True where `head` does not tell."""
+    try:
+        width, height, progressive = check_jpeg(head)
+        if progressive and len(head) < size <= _SCREEN_BYTES:
+            check_jpeg(os.pread(descriptor, size, 0))  # counts the scans
+    except CutOff:
+        return len(head) < size  # it holds a preview or a colour profile of some size
+    except ValueError:
+        return False
+    return _within_limits(width, height)
+
+
+def _within_limits(width: int, height: int) -> bool:
+    return 0 < width * height <= PIXEL_LIMIT and max(width, height) <= SIDE_LIMIT
 
 
 def _per_channel(value: float | Sequence[float], device: torch.device) -> float | torch.Tensor:

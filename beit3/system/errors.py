@@ -7,6 +7,15 @@ from collections.abc import Sequence
 MAX_LISTED = 20  # beyond this a longer list hides more than it shows
 
 
+def printable(text: str) -> str:
+    """The text with everything that could move a cursor or forge a line of a log written as its escape.
+
+    These are the characters that are not printable, line breaks among them: "a\\n\\x1b[2J" for a line break and an
+    escape sequence. Letters of any language stay as they are.
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
 class InputError(ValueError):
     """Mistakes in what the user gave: files, folders, arguments. Lists every mistake found, not only the first.
 
@@ -29,11 +38,6 @@ class BadImageError(RuntimeError):
 
 class CheckpointError(RuntimeError):
     """A checkpoint that could not be written; the message names it and says what became of the older ones."""
-
-
-def printable(text: str) -> str:
-    """`text` with every character that is not printable (control, escape, direction, half of a pair) as its escape."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def _list_problems(problems: list[str]) -> str:
