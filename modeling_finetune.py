@@ -318,7 +318,7 @@ def _entry_point(suffix: str, size: str, pixels: int) -> Callable[..., BEiT3Mode
             image_size=pixels,
             vocab_size=vocab_size,
             drop_path_rate=drop_path_rate,
-            checkpoint_activations=checkpoint_activations,
+            recompute_activations=checkpoint_activations,
             final_norm=head.final_norm,
         )
         model = head(config, **options)

@@ -1,4 +1,4 @@
-"""Layer ids, parameter groups, optimizer and learning-rate schedule (section 5 of the released recipe)."""
+"""Layer ids, parameter groups, optimizer and learning-rate schedule, as the released models were fine-tuned with."""
 
 from __future__ import annotations
 

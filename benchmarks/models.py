@@ -85,7 +85,7 @@ def make_config(task: str, size: str, pixels: int) -> EncoderConfig:
         **SIZES[size],
         image_size=pixels,
         vocab_size=VOCABULARY,
-        checkpoint_activations=False,
+        recompute_activations=False,
         final_norm=HEADS[task].final_norm,
     )
 
@@ -272,19 +272,19 @@ def texts_filled_up(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def with_patch(name: str, replacement: Any, model: nn.Module, batch: Batch) -> Tensor:
-    """With something of `beit3.model.encoder` replaced."""
-    with patch(f"beit3.model.encoder.{name}", replacement):
+    """With something of `beit3` replaced."""
+    with patch(f"beit3.model.{name}", replacement):
         return answer_logits(model, batch)
 
 
 # What is left out → logits of VQAv2 without it.
 IDEAS: dict[str, Callable[[Any, Batch], Tensor]] = {
     "attention in one kernel, scores never in memory": partial(
-        with_patch, "Attention.attend", staticmethod(plain_attention)
+        with_patch, "encoder.Attention.attend", staticmethod(plain_attention)
     ),
     "last layer for the class token alone": whole_last_layer,
     "questions as long as the longest of the batch": texts_filled_up,
-    "norms made again in the backward pass": partial(with_patch, "recomputes", lambda *_: False),
+    "norms recomputed in the backward pass": partial(with_patch, "recompute.recomputes", lambda *_: False),
 }
 
 
@@ -314,7 +314,7 @@ def idea_row(idea: str, pixels: int, pictures: int, settings: Settings) -> list[
 
 
 def loss_row(rows: int, settings: Settings) -> list[Line]:
-    """The fused loss against the one written out, forward and backward; other side: one-hot vectors."""
+    """Cross-entropy against the divergence written out, forward and backward; other side: one-hot vectors."""
     device = settings.device
     steps = [loss_step(loss, rows, device) for loss in LOSSES.values()]
     losses, gradients = zip(*(step() for step in steps), strict=True)
@@ -340,12 +340,11 @@ def loss_step(loss: Callable[..., Tensor], rows: int, device: torch.device) -> C
     torch.manual_seed(0)
     logits = torch.randn(rows, VOCABULARY, device=device)
     targets = torch.randint(4, VOCABULARY, (rows,), device=device)
-    used_up = logits.clone()
+    logits.requires_grad_()
 
     def step() -> tuple[Tensor, Tensor]:
-        x = used_up.detach().copy_(logits).requires_grad_()  # one side puts the gradient in their place
-        losses = loss(x, targets, SMOOTHING)
-        return losses.detach(), torch.autograd.grad(losses.mean(), x)[0]
+        losses = loss(logits, targets, SMOOTHING)
+        return losses.detach(), torch.autograd.grad(losses.mean(), logits)[0]
 
     return step
 

@@ -151,7 +151,7 @@ def test_a_training_step_gives_the_loss_of_the_specification(coco):
     torch.testing.assert_close(before["loss"], losses.mean())
     torch.testing.assert_close(after["loss"], losses[: int(len(losses) * 0.75)].mean())
     assert before["acc"].item() == pytest.approx((logits.argmax(1) == targets).float().mean().item())
-    # The same where a gradient is wanted, for which the loss takes the logits' memory.
+    # The same where a gradient is wanted.
     logits = 5.0 * F.one_hot(targets, 88)
     logits[0, targets[0]] = -5.0
     outputs = task.training_step(lambda **inputs: logits.clone().requires_grad_(), batch, 0)

@@ -46,12 +46,12 @@ def test_compiled_layers_give_the_same_and_are_compiled_a_handful_of_times():
 
 @needs_compiler
 @pytest.mark.slow
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_compiled_layers_give_the_same_for_several_captions_of_a_picture(checkpointing):
+@pytest.mark.parametrize("recompute", [False, True])
+def test_compiled_layers_give_the_same_for_several_captions_of_a_picture(recompute):
     gradients = []
     ids, padding = reference.tokens(2, [7, 4, 5, 6], vocab_size=50, width=7)
     for compiled in (False, True):
-        model = small_model(drop_path_rate=0.5, checkpoint_activations=checkpointing and compiled).train()
+        model = small_model(drop_path_rate=0.5, recompute_activations=recompute and compiled).train()
         if compiled:
             assert compile_layers(model.beit3, CPU)
         torch.manual_seed(3)

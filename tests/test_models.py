@@ -7,7 +7,8 @@ import timm
 import torch
 import torch.nn.functional as F
 
-from beit3.model.encoder import AttentionRule, BEiT3, EncoderConfig, recomputes
+from beit3.model.encoder import AttentionRule, BEiT3, EncoderConfig
+from beit3.model.recompute import recomputes
 from modeling_finetune import MODEL_NAMES
 from tests import reference
 
@@ -217,10 +218,10 @@ def test_a_caption_position_sees_the_picture_and_earlier_text_only():
     assert not torch.allclose(before[:, 4:], after[:, 4:])
 
 
-def test_gradient_checkpointing_gives_the_same_gradients():
+def test_recomputing_layers_gives_the_same_gradients():
     results = []
-    for checkpointing in (False, True):
-        encoder = small_encoder(checkpoint_activations=checkpointing, drop_path_rate=0.5).train()
+    for recompute in (False, True):
+        encoder = small_encoder(recompute_activations=recompute, drop_path_rate=0.5).train()
         torch.manual_seed(3)
         ids, padding = reference.tokens(2, [7, 4], vocab_size=50, width=7)
         x_image, _ = encoder(reference.images(1, 2, 32), ids, padding)
@@ -250,17 +251,17 @@ def test_a_dropped_sample_goes_past_a_layer_unchanged():
     assert not torch.allclose(x_image[1], image[1]) and not torch.allclose(x_text[1], text[1])
 
 
-def test_wide_layers_on_a_cpu_make_norms_again():
+def test_wide_layers_on_a_cpu_recompute_norms():
     assert recomputes("cpu", 768) and not recomputes("cpu", 4 * 128) and not recomputes("cuda", 768)
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_what_is_made_again_in_the_backward_pass_changes_no_gradient(causal, monkeypatch):
+def test_what_is_recomputed_in_the_backward_pass_changes_no_gradient(causal, monkeypatch):
     encoder = small_encoder().train()
     ids, padding = reference.tokens(2, [7, 4], vocab_size=50, width=7)
     gradients = []
     for again in (False, True):
-        monkeypatch.setattr("beit3.model.encoder.recomputes", lambda *_, again=again: again)
+        monkeypatch.setattr("beit3.model.recompute.recomputes", lambda *_, again=again: again)
         encoder.zero_grad()
         image, text = encoder(reference.images(1, 2, 32), ids, padding, causal_text=causal)
         (image.sin().sum() + text.cos().sum()).backward()

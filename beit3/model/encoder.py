@@ -11,25 +11,33 @@ works on whole, contiguous tensors, and nothing is split and joined again around
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+
+from beit3.model.recompute import recomputed, recomputed_on_cpu
 
 # The released position tables count from 2 (a fairseq convention: rows 0 and 1 belong to no position).
 FIRST_POSITION = 2
 TEXT_POSITIONS = 1024
-WIDE = 600  # features of a position; the smallest released model has 768
 
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """Shape of an encoder. Lengths in pixels (`image_size`, `patch_size`), widths in features."""
+    """Shape of an encoder, and how it is trained.
+
+    Attributes:
+        width: features of a position. heads: of attention, `width / heads` features each.
+        image_size, patch_size: side of a picture and of a patch, in pixels.
+        drop_path_rate: of the last layer, see `BEiT3._draw_drop_path`.
+        recompute_activations: keep only the inputs of layers in training and compute each layer again in the backward
+            pass.
+        final_norm: whether a norm follows the last layer.
+    """
 
     width: int
     layers: int
@@ -38,7 +46,7 @@ class EncoderConfig:
     patch_size: int = 16
     vocab_size: int = 64010
     drop_path_rate: float = 0.0
-    checkpoint_activations: bool = False
+    recompute_activations: bool = False
     final_norm: bool = True
 
     @property
@@ -67,30 +75,20 @@ def _linears(width: int) -> Multiway:
     return Multiway(nn.Linear(width, width), nn.Linear(width, width))
 
 
-def recomputes(device: str, features: int) -> bool:
-    """Whether norms, and what joins picture and text, are made once more in the backward pass and not kept till then.
+def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether calling the module gives `F.linear(x, module.weight, module.bias)` and does nothing else.
 
-    On a CPU they cost little beside matrix products and are a third of what would be kept. Not where a position has
-    few features, as in the demo's model: noting what is to be made again takes as long as making it. On a GPU they take
-    as long as reading and writing them takes, so it does without; `checkpoint_activations` is there.
+    Not so for adapters and quantised layers, be they other classes (subclasses of nn.Linear too, which
+    torch.nn.utils.parametrize makes), hooks, another `forward` of this one module, or another class of tensor as its
+    weight.
     """
-    return device == "cpu" and features >= WIDE
-
-
-def made_again(function: Callable[..., Any], *inputs: Tensor) -> Any:
-    """`function(*inputs)`; where `recomputes`, what it makes on its way is not kept for the backward pass.
-
-    For a function that does something cheap and then a matrix product: PyTorch stops making things again where it has
-    all that it kept nothing of, and so does not compute the product twice.
-
-    Args:
-        inputs: (B, N, features), or the features in several dimensions.
-    """
-    first = inputs[0]
-    again = recomputes(first.device.type, math.prod(first.shape[2:]))
-    if again and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
-    return function(*inputs)
+    if type(module) is not nn.Linear or "forward" in module.__dict__:
+        return False
+    hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
+    # DeepSpeed's own hooks (ZeRO-3) gather a module's parameters; reading `module.weight` gathers them just as well.
+    if any(not str(hook.__module__).startswith("deepspeed.") for each in hooks for hook in each.values()):
+        return False
+    return module.bias is not None and type(module.weight) in (nn.Parameter, Tensor)
 
 
 def _join(parts: Sequence[Tensor], dim: int) -> Tensor:
@@ -109,23 +107,38 @@ class Attention(nn.Module):
         self.out_proj = _linears(width)
         self.inner_attn_ln = _layer_norms(width)
 
-    def project(self, expert: str, x: Tensor, rows: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def joint_projection(self, expert: str) -> tuple[Tensor, Tensor] | None:
+        """Weight (3W, W) and bias (3W,) of q, k and v of one modality as one linear layer.
+
+        This is the only place that reads these weights. None where one of the three is more than a plain nn.Linear, for
+        instance an adapter or a quantised layer: such a module must be called to take effect.
+        """
+        parts = [getattr(projection, expert) for projection in (self.q_proj, self.k_proj, self.v_proj)]
+        if not all(is_plain_linear(part) for part in parts):
+            return None
+        return torch.cat([part.weight for part in parts]), torch.cat([part.bias for part in parts])
+
+    def project(
+        self, expert: str, x: Tensor, rows: int | None = None, joint: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries of the first `rows` positions (None = all) and keys and values of all positions of one modality.
 
         Args:
             expert: "A" (image) or "B" (text).
             x: (B, N, W), after the layer's first norm.
+            joint: what `joint_projection(expert)` gave, for a caller that needs it often.
 
         Returns:
             q (B, rows, H, D), k (B, N, H, D), v (B, N, H, D).
         """
-        q_proj, k_proj, v_proj = (getattr(p, expert) for p in (self.q_proj, self.k_proj, self.v_proj))
-        if rows is None:
+        # With fewer queries than keys there is no joint product, so nothing is read and the modules are called.
+        if rows is None and joint is None:
+            joint = self.joint_projection(expert)
+        if rows is None and joint is not None:
             # One wide product instead of three: the input is read once.
-            weight = torch.cat([q_proj.weight, k_proj.weight, v_proj.weight])  # (3W, W)
-            bias = torch.cat([q_proj.bias, k_proj.bias, v_proj.bias])
-            q, k, v = F.linear(x, weight, bias).chunk(3, dim=-1)
+            q, k, v = F.linear(x, *joint).chunk(3, dim=-1)  # (B, N, 3W) → three of (B, N, W)
         else:
+            q_proj, k_proj, v_proj = (getattr(each, expert) for each in (self.q_proj, self.k_proj, self.v_proj))
             q, k, v = q_proj(x[:, :rows]), k_proj(x), v_proj(x)
         return tuple(part.unflatten(-1, (self.heads, -1)) for part in (q, k, v))
 
@@ -146,7 +159,7 @@ class Attention(nn.Module):
     def output(self, expert: str, x: Tensor) -> Tensor:
         """(B, N, W) of attended values → (B, N, W) of one modality's output."""
         norm, projection = getattr(self.inner_attn_ln, expert), getattr(self.out_proj, expert)
-        return made_again(lambda attended: projection(norm(attended)), x)
+        return recomputed_on_cpu(lambda attended: projection(norm(attended)), x)
 
 
 class FeedForward(nn.Module):
@@ -159,10 +172,11 @@ class FeedForward(nn.Module):
         self.ffn_layernorm = nn.LayerNorm(hidden, eps=1e-5)
 
     def forward(self, x: Tensor, norm: nn.Module) -> Tensor:
-        """x: (B, N, W), before the layer's `norm`."""
+        """x (B, N, W) → (B, N, W). `norm` is the layer's, which is applied to x first."""
+        # A norm is recomputed together with the linear layer behind it, so its output need not be kept.
         # gelu evaluates half-precision inputs in fp32 inside the kernel, as the released model did by hand.
-        hidden = F.gelu(made_again(lambda x: self.fc1(norm(x)), x))
-        return made_again(lambda hidden: self.fc2(self.ffn_layernorm(hidden)), hidden)
+        hidden = F.gelu(recomputed_on_cpu(lambda x: self.fc1(norm(x)), x))  # (B, N, 4W)
+        return recomputed_on_cpu(lambda hidden: self.fc2(self.ffn_layernorm(hidden)), hidden)
 
 
 @dataclass(frozen=True)
@@ -199,7 +213,9 @@ class EncoderLayer(nn.Module):
         image_rows: int | None = None,
         text_rows: int | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Args:
+        """One layer over both modalities.
+
+        Args:
             image: (B, P+1, W) or None. text: (B, T, W) or None.
             drop_path: (2, B, 1, 1) factors of attention and of the feed-forward, 0 or 1/keep for each sample, the same
                 for both modalities; None = nothing is dropped.
@@ -211,8 +227,10 @@ class EncoderLayer(nn.Module):
         """
         streams = {e: (x, rows) for e, x, rows in (("A", image, image_rows), ("B", text, text_rows)) if x is not None}
         attended = self._attention(streams, rule)
+        # Everything behind attention treats each position by itself, so positions without queries can be left out: a
+        # modality has as many rows from here on as attention gave it, and one without rows is gone.
         outputs = {expert: streams[expert][0][:, : values.shape[1]] for expert, values in attended.items()}
-        of_attention, of_ffn = (None, None) if drop_path is None else drop_path
+        of_attention, of_ffn = (None, None) if drop_path is None else drop_path  # (B, 1, 1) each
         for expert, x in outputs.items():
             outputs[expert] = _add(x, self.self_attn.output(expert, attended[expert]), of_attention)
         for expert, x in outputs.items():
@@ -221,7 +239,7 @@ class EncoderLayer(nn.Module):
 
     def _project(self, expert: str, x: Tensor, rows: int | None) -> tuple[Tensor, Tensor, Tensor]:
         norm = getattr(self.self_attn_layer_norm, expert)
-        return made_again(lambda x: self.self_attn.project(expert, norm(x), rows), x)
+        return recomputed_on_cpu(lambda x: self.self_attn.project(expert, norm(x), rows), x)
 
     def _attention(self, streams: dict[str, tuple[Tensor, int | None]], rule: AttentionRule) -> dict[str, Tensor]:
         """Attended values of each modality that has rows to compute: {expert: (B, rows, W)}."""
@@ -229,26 +247,31 @@ class EncoderLayer(nn.Module):
         queries = {expert: q for expert, (q, _, _) in projected.items() if q.shape[1] > 0}
         keys, values = ([each[part] for each in projected.values()] for part in (1, 2))
         if rule.image_sees_text:
+            # Everybody sees the same keys: one call with the modalities behind one another, (B, P+1+T, H, D).
             q, k, v = (_join(parts, 1) for parts in ([*queries.values()], keys, values))
             parts = self.self_attn.attend(q, k, v, rule.mask).split([q.shape[1] for q in queries.values()], dim=1)
             return dict(zip(queries, parts, strict=True))
+        # The picture sees only itself, the text sees both: two calls. One call would compute the picture's scores for
+        # the text only to hide them, and its mask would keep the fast kernel away from the picture's many queries.
         attended = {}
         if "A" in queries:
             attended["A"] = self.self_attn.attend(queries["A"], projected["A"][1], projected["A"][2], None)
         if "B" in queries:
-
+            # Joining copies the picture's keys and values; the copy is recomputed rather than kept.
             def of_text(q: Tensor, *keys_and_values: Tensor) -> Tensor:
-                half = len(keys_and_values) // 2
+                half = len(keys_and_values) // 2  # keys of each modality, then values of each
                 k, v = _join(keys_and_values[:half], 1), _join(keys_and_values[half:], 1)
                 return self.self_attn.attend(q, k, v, rule.mask)
 
-            attended["B"] = made_again(of_text, queries["B"], *keys, *values)
+            attended["B"] = recomputed_on_cpu(of_text, queries["B"], *keys, *values)
         return attended
 
 
 def _add(x: Tensor, branch: Tensor, scale: Tensor | None) -> Tensor:
+    """x + branch (B, N, W), each sample of the branch times its factor of drop path (B, 1, 1)."""
     if scale is None:
         return x + branch
+    # One kernel where dtypes are equal. Under autocast the branch may be in half precision; the sum is then in fp32.
     return torch.addcmul(x, branch, scale.to(branch.dtype)) if x.dtype == branch.dtype else x + branch * scale
 
 
@@ -278,7 +301,7 @@ class _PatchEmbedding(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """(B, 3, H, H) → (B, P+1, W), class token first, then patches row by row."""
-        patches = self.proj(image).flatten(2).transpose(1, 2)
+        patches = self.proj(image).flatten(2).transpose(1, 2)  # (B, W, H/16, H/16) → (B, P, W)
         return torch.cat([self.cls_token.to(patches.dtype).expand(patches.shape[0], -1, -1), patches], dim=1)
 
 
@@ -328,11 +351,14 @@ class BEiT3(nn.Module):
         image_rows: int | None = None,
         text_rows: int | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Args:
+        """Features of pictures and texts.
+
+        Args:
             image: (B, 3, H, H) in [-1, 1], or None. text_ids: (B, T) token ids, or None.
             padding_mask: (B, T) bool or integer, 1 = padding.
-            causal_text: text attends to the picture and to itself and earlier text, the picture to itself only. The
-                texts may then be (B*N, T): rows i*N … i*N+N-1 are texts of picture i, which is computed once for all.
+            causal_text: a text position attends to the picture, to itself and to earlier text; the picture attends only
+                to itself. There may then be N texts for each picture, which is computed once for all of them:
+                text_ids (B*N, T), where rows i*N … i*N+N-1 are the texts of picture i.
             image_rows, text_rows: how many leading positions of the last layer are wanted (None = all, 0 = none).
 
         Returns:
@@ -345,15 +371,19 @@ class BEiT3(nn.Module):
         x_text = None if text_ids is None else self.embed_text(text_ids, padding_mask)
         length = 0 if x_text is None else x_text.shape[1]
         if x_text is not None and self._compiled is not None:
+            # The compiler's padding is cut off at the end. It is marked as padding, so nobody attends to it.
             x_text, padding_mask = _in_few_lengths(x_text, padding_mask)
         texts = _texts_per_image(x_image, x_text)
+        # Several texts stand in one row below: leading rows of that row would be those of the first text alone, and
+        # with a picture that sees its texts they would see each other through it.
         assert texts == 1 or (causal_text and text_rows in (None, 0)), "several texts per picture need causal_text"
         rule = attention_rule(x_image, x_text, padding_mask, causal_text, always_mask=self._compiled is not None)
         if x_text is not None and texts > 1:
             x_text = x_text.unflatten(0, (-1, texts)).flatten(1, 2)  # (B, N*T, W): the texts of a picture in one row
         some = x_text if x_image is None else x_image
         assert some is not None
-        drop_path = self._draw_drop_path(some)
+        drop_path = self._draw_drop_path(some)  # for each layer
+        # Only the last layer may leave out positions: all of them are keys and values of the layer behind.
         *inner, last = self.encoder.layers
         for layer, factors in zip(inner, drop_path, strict=False):
             x_image, x_text = self._run(layer, x_image, x_text, rule, factors)
@@ -363,7 +393,7 @@ class BEiT3(nn.Module):
             x_image = None if x_image is None else norm.A(x_image)
             x_text = None if x_text is None else norm.B(x_text)
         if x_text is not None and texts > 1:
-            x_text = x_text.unflatten(1, (texts, -1)).flatten(0, 1)
+            x_text = x_text.unflatten(1, (texts, -1)).flatten(0, 1)  # (B, N*T, W) → (B*N, T, W)
         return x_image, None if x_text is None else x_text[:, :length]
 
     @property
@@ -372,8 +402,8 @@ class BEiT3(nn.Module):
 
     def _run(self, layer: nn.Module, *inputs: object) -> tuple[Tensor | None, Tensor | None]:
         call: Callable[..., Any] = layer if self._compiled is None else functools.partial(self._compiled, layer)
-        if self.config.checkpoint_activations and self.training and torch.is_grad_enabled():
-            return checkpoint(call, *inputs, use_reentrant=False, preserve_rng_state=False)  # a layer draws nothing
+        if self.config.recompute_activations and self.training and torch.is_grad_enabled():
+            return recomputed(call, *inputs)
         return call(*inputs)
 
     def _draw_drop_path(self, like: Tensor) -> list[Tensor | None]:
@@ -384,15 +414,21 @@ class BEiT3(nn.Module):
         layers, rate = self.config.layers, self.config.drop_path_rate
         if not self.training or rate == 0.0:
             return [None] * layers
+        # Drawn for all layers at once, so that a layer itself draws nothing and can be compiled as it is. Dividing by
+        # the share that is kept leaves the expected output what it is without drop path.
         keep = 1.0 - torch.linspace(0.0, rate, layers, device=like.device)[:, None, None, None, None]
-        kept = torch.rand(layers, 2, like.shape[0], 1, 1, device=like.device) < keep
+        kept = torch.rand(layers, 2, like.shape[0], 1, 1, device=like.device) < keep  # (layers, 2, B, 1, 1)
         return list((kept / keep).to(like.dtype).unbind())
 
 
 def _in_few_lengths(x: Tensor, padding_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(B, T, W) and its mask (B, T) with padding behind, up to a length of 16, 32, 64 …: each new one is compiled."""
+    """Texts (B, T, W) and their mask (B, T), filled up with padding to a length of 16, 32, 64 and so on.
+
+    Each length that the compiler has not seen costs a compilation.
+    """
     if padding_mask is None:
         padding_mask = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
+    # (T-1).bit_length() is the exponent of the smallest power of two that T fits into.
     more = max(16, 1 << (x.shape[1] - 1).bit_length()) - x.shape[1]
     return F.pad(x, (0, 0, 0, more)), F.pad(padding_mask, (0, more), value=True)
 
@@ -408,7 +444,7 @@ def _texts_per_image(image: Tensor | None, text: Tensor | None) -> int:
 
 
 def _hides_nothing(padding_mask: Tensor) -> bool:
-    """Whether it is known that nothing is padded; asked on a CPU only, where the answer need not be waited for."""
+    """Whether nothing is padded. False on a GPU, where the answer would have to be waited for."""
     return padding_mask.device.type == "cpu" and not bool(padding_mask.any())
 
 
@@ -424,7 +460,7 @@ def attention_rule(
     Args:
         image: (B, P+1, W) or None. text: (B, T, W) or None; (B*N, T, W) for N texts of each picture, whose mask is
             (B, 1, N*T, P+1+N*T). padding_mask: of the shape of the texts, bool, True = padding, or None.
-        always_mask: do not look whether there is anything to hide.
+        always_mask: make a mask even where there is nothing to hide, as compiled layers want the same inputs each time.
     """
     if text is None:
         return AttentionRule()

@@ -1,9 +1,8 @@
-"""Losses of the tasks (SPEC of the released models, fused where that is the same number)."""
+"""Losses of the tasks: the numbers that the released models were trained with."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 import torch.distributed
@@ -52,7 +51,7 @@ def masked_token_losses(logits: Tensor, targets: Tensor, smoothing: float) -> Te
     puts s/V on every token; s = ε·V/(V-1) makes the two the same up to the entropy of the target, a constant.
 
     Args:
-        logits: (n, V); where they want a gradient it is put in their place, so what else they are for comes first.
+        logits: (n, V), in any floating dtype.
         targets: (n,) token ids. smoothing: ε in [0, 1).
 
     Returns:
@@ -63,46 +62,7 @@ def masked_token_losses(logits: Tensor, targets: Tensor, smoothing: float) -> Te
     if smoothing > 0:
         entropy = (1 - smoothing) * math.log(1 - smoothing) + smoothing * math.log(smoothing / (vocab - 1))
     smoothing = smoothing * vocab / (vocab - 1)
-    if torch.is_grad_enabled() and logits.requires_grad:
-        return _SmoothedCrossEntropy.apply(logits, targets, smoothing) + entropy
     return F.cross_entropy(logits.float(), targets, reduction="none", label_smoothing=smoothing) + entropy
-
-
-class _SmoothedCrossEntropy(torch.autograd.Function):
-    """F.cross_entropy(logits.float(), targets, reduction="none", label_smoothing=s), without any other (n, V).
-
-    The gradient is made in the forward pass, where the probabilities are at hand, and in the logits' own memory. The
-    backward pass scales it there, so there can be one only. PyTorch says so if a second is tried, or if another
-    function's backward pass would read the logits.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor, smoothing: float) -> Tensor:
-        vocab = logits.shape[1]
-        losses = logits.new_empty(logits.shape[0], dtype=torch.float32)
-        gradient = logits.detach()  # shares memory, and the counter by which autograd sees that it was written to
-        for rows in _few_rows(logits):
-            x, true = gradient[rows].float(), targets[rows, None]
-            x_true, x_max, x_sum = x.gather(1, true).squeeze(1), x.amax(dim=1), x.sum(dim=1)
-            p = torch.softmax(x, dim=1, out=x)
-            log_sum = x_max - p.amax(dim=1).log()  # the largest probability is never too small for this
-            losses[rows] = (smoothing - 1) * (x_true - log_sum) - smoothing / vocab * (x_sum - vocab * log_sum)
-            p.sub_(smoothing / vocab).scatter_add_(1, true, p.new_full(true.shape, smoothing - 1))
-            if logits.dtype != torch.float32:
-                gradient[rows] = p
-        ctx.save_for_backward(gradient)  # softmax minus the smoothed target
-        return losses
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        (gradient,) = ctx.saved_tensors
-        return gradient.mul_(grad[:, None]), None, None
-
-
-def _few_rows(values: Tensor) -> list[slice]:
-    """Slices of the rows of (n, V), such that fp32 copies of half-precision values stay small."""
-    step = max(1, (1 << 26 if values.is_cuda else 1 << 22) // values.shape[1])
-    return [slice(start, start + step) for start in range(0, values.shape[0], step)]
 
 
 def drop_worst(losses: Tensor, ratio: float) -> Tensor:

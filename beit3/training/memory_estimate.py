@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from beit3.model.encoder import TEXT_POSITIONS, EncoderConfig, recomputes
+from beit3.model.encoder import TEXT_POSITIONS, EncoderConfig
+from beit3.model.recompute import recomputes
 from beit3.training.backends import BUCKET, BackendSettings
 
 GIGABYTE = 1e9
@@ -92,7 +93,9 @@ def training_demand(
         optimizer,
         4.0 * num_parameters if average else 0.0,
         _activations(config, size, device, text_tokens, size == 2 and not zero, causal_text)
-        + size * output_values,  # captioning's loss puts their gradient in their place; those of VQAv2 are few
+        # Captioning's loss keeps log-probabilities in fp32. Their gradient takes twice as much, while all the rest is
+        # still kept. VQAv2 has so few answers that its loss does not matter.
+        + 3 * 4 * output_values,
         settings.batch_size,
     )
 
@@ -145,7 +148,7 @@ def _activations(
         per_token += 7 * size + (norm_input if norm_input != size else 0)  # what four norms give; attended, into one
         per_token += 2 * size if causal_text else 0  # keys and values of both modalities for the text
     whole = config.width * tokens * per_token
-    if config.checkpoint_activations:
+    if config.recompute_activations:
         return config.layers * config.width * tokens * size + whole
     # The last layer computes a few positions only: its input, norm, keys and values are all there is.
     return (config.layers - 1) * whole + 4 * size * config.width * tokens

@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from beit3.data.tokenizer import BOS_ID, EOS_ID, PAD_ID
-from beit3.model.encoder import BEiT3, EncoderLayer
+from beit3.model.encoder import BEiT3, EncoderLayer, is_plain_linear
 
 MIN_TOKENS = 4  # of `max_tokens`: room for one token of a caption
 KEEP = 0.75  # when at most this share of the pictures is still open, the others are taken out of the batch
@@ -87,7 +87,7 @@ def generate(
     Raises:
         ValueError: a number is out of its range.
     """
-    _check(num_beams, max_tokens, num_return, model.mlm_head.out_features)
+    _check(num_beams, max_tokens, num_return, model.beit3.config.vocab_size)
     batch, longest, device = images.shape[0], max_tokens - 3, images.device
     decoder = _Decoder(model, images, num_beams, max_tokens - 1, mask_id)
     beams = _Beams.start(batch, longest, bos_id, pad_id, device)
@@ -96,11 +96,15 @@ def generate(
     done = torch.zeros(batch, dtype=torch.bool, device=device)
     ask_every = _ask_every(device)
     for length in range(longest + 1):  # tokens that each open caption has
+        # 3 * num_beams, as in the released code. It is enough: each beam has one `</s>`, so at least 2 * num_beams of
+        # them are other tokens.
         candidates = _best_candidates(beams.sums, decoder.step(beams.newest, beams.parents), 3 * num_beams)
+        # Judged before this step's captions are added, again as in the released code.
         done = done | (finished.scores[:, -1] >= candidates.sums[:, 0] / (max_tokens - 1) ** length_penalty)
         closing = _first_of_each_beam(candidates) if length == longest else _closes(candidates, eos_id, num_beams)
         scores = candidates.sums / (length + 2) ** length_penalty
-        scores = scores.masked_fill(~closing | done[:, None], -torch.inf)
+        # Pictures that are done stay in the batch for a while; what their beams close no longer counts.
+        scores = scores.masked_fill(~closing | done[:, None], -torch.inf)  # (B, C)
         finished = finished.merge(beams.tokens.gather(1, _as_index(candidates.beams, beams.tokens)), length, scores)
         if length == longest:
             break
@@ -109,7 +113,8 @@ def generate(
             still_open = (~done).nonzero().squeeze(1)
             if len(still_open) == 0:
                 break
-            if len(still_open) <= KEEP * len(done):  # go on with the others alone
+            # Taking pictures out copies the keys and values of those that stay, so it is done when it is worth it.
+            if len(still_open) <= KEEP * len(done):
                 results = results.with_rows(rows, finished)
                 rows, done = rows[still_open], done[still_open]
                 beams, finished = beams.keep(still_open), finished.keep(still_open)
@@ -191,7 +196,8 @@ class _Beams:
 
     def extend(self, candidates: _Candidates, eos_id: int, count: int, length: int) -> _Beams:
         """The first `count` candidates that are not `</s>`; length: tokens of each caption so far."""
-        chosen = (candidates.tokens == eos_id).to(torch.uint8).sort(dim=1, stable=True).indices[:, :count]
+        # A stable sort puts `</s>` last and leaves the others in their order: the first are the best that go on.
+        chosen = (candidates.tokens == eos_id).to(torch.uint8).sort(dim=1, stable=True).indices[:, :count]  # (B, K)
         parents, newest = candidates.beams.gather(1, chosen), candidates.tokens.gather(1, chosen)
         tokens = self.tokens.gather(1, _as_index(parents, self.tokens))
         tokens[:, :, length] = newest
@@ -221,7 +227,8 @@ class _Finished:
 
     def merge(self, tokens: Tensor, length: int, scores: Tensor) -> _Finished:
         """With more captions, all of this length: tokens (B, C, L), scores (B, C)."""
-        every_score = torch.cat([self.scores, scores], dim=1)
+        every_score = torch.cat([self.scores, scores], dim=1)  # (B, N + C)
+        # Stable: of two equal scores the caption that was found first stays in front.
         order = every_score.sort(dim=1, descending=True, stable=True).indices[:, : self.scores.shape[1]]
         every_tokens = torch.cat([self.tokens, tokens], dim=1)
         every_length = torch.cat([self.lengths, torch.full_like(scores, length, dtype=torch.int64)], dim=1)
@@ -247,9 +254,10 @@ class _Finished:
 class _Decoder:
     """The model as a predictor of the next token of K beams of each picture (one at the first step).
 
-    Keys and values of a layer lie in one buffer (B, heads, P+1 + L*K, D): those of the picture, then for each position
-    of the text those of the K beams. What is written stays where it is: `history` (B, K, L, K) tells for each beam
-    which of the K entries at a position are its own tokens.
+    Keys and values of a layer lie in one buffer (B, heads, P+1 + L*K, D): first those of the picture, then for each of
+    the L positions of the text K places, one for each beam ("slots"). What is written stays where it is. When a beam
+    goes on from another one, only its row of `history` (B, K, L, K) changes, which says for each beam and position in
+    which slot the beam's own token lies, True at one slot of each position.
     """
 
     def __init__(self, model: Any, images: Tensor, num_beams: int, length: int, mask_id: int) -> None:
@@ -258,11 +266,11 @@ class _Decoder:
         self.layers: list[EncoderLayer] = list(model.beit3.encoder.layers)
         self.image_keys = self.encoder.config.patches + 1
         self.keys, self.values = self._encode(images, text_entries=length * num_beams)
+        # One beam at the first step, `<s>`; the first `parents` make K of it.
         self.history = torch.zeros((images.shape[0], 1, length, num_beams), dtype=torch.bool, device=images.device)
         self.position = 0  # of the newest known token
         self.projections = [_text_projection(layer, images.device) for layer in self.layers]
-        # In fp32 whatever the rest: in bf16 a logit of 10 is rounded to a sixteenth, and ties would decide.
-        self.head = model.mlm_head.weight.float(), model.mlm_head.bias.float()
+        self.head = _fp32_head(model.mlm_head)
 
     def keep(self, rows: Tensor) -> None:
         """Go on with these pictures only."""
@@ -273,7 +281,8 @@ class _Decoder:
 
     def _encode(self, images: Tensor, text_entries: int) -> tuple[list[Tensor], list[Tensor]]:
         """Buffers of keys and values of each layer, the picture's filled in: (B, heads, P+1 + text entries, D) each."""
-        x = self.encoder.embed_image(images.to(self.encoder.vision_embed.proj.weight.dtype))
+        # The class token has the dtype of the weights; a layer may be something else that has no weight.
+        x = self.encoder.embed_image(images.to(self.encoder.vision_embed.cls_token.dtype))
         keys: list[Tensor] = []
         values: list[Tensor] = []
         for layer in self.layers:
@@ -281,6 +290,8 @@ class _Decoder:
             # Of the last layer only keys and values are wanted.
             q, k, v = layer.self_attn.project("A", normed, rows=0 if layer is self.layers[-1] else None)
             for buffers, part in ((keys, k), (values, v)):
+                # Room for all steps at once, with heads before positions as attention reads them: nothing is moved.
+                # Zeros, since attention multiplies slots that are not written yet by 0, and 0 times NaN is NaN.
                 batch, positions, heads, size = part.shape
                 buffers.append(part.new_zeros(batch, heads, positions + text_entries, size))
                 buffers[-1][:, :, :positions] = part.transpose(1, 2)
@@ -300,15 +311,17 @@ class _Decoder:
         """
         beams = tokens.shape[1]
         if parents is not None:
+            # A beam takes over what its parent knows of the past: (B, K before, L, slots) → (B, K, L, slots).
             self.history = self.history.gather(1, _as_index(parents, self.history))
         attend = self._attend()
+        # Keys and values of the newest token are not known yet, and the `<mask>` behind it is what predicts.
         pairs = torch.stack([tokens, torch.full_like(tokens, self.mask_id)], dim=2)  # (B, K, 2)
         x = self.encoder.embed_text(pairs.flatten(0, 1), None, first_position=self.position)  # (B*K, 2, W)
-        # The newest tokens of all beams, then all masks: (B, 2*K, W).
+        # The newest tokens of all beams, then all masks, in one row: (B, 2*K, W). So beams share the picture's keys.
         x = x.unflatten(0, (-1, beams)).transpose(1, 2).flatten(1, 2)
         for layer, projection, keys, values in zip(self.layers, self.projections, self.keys, self.values, strict=True):
-            qkv = F.linear(layer.self_attn_layer_norm.B(x), *projection)  # (B, 2*K, 3*W)
-            q, k, v = qkv.unflatten(2, (3, layer.self_attn.heads, -1)).unbind(2)  # (B, 2*K, heads, D)
+            normed = layer.self_attn_layer_norm.B(x)
+            q, k, v = layer.self_attn.project("B", normed, joint=projection)  # (B, 2*K, heads, D)
             if layer is self.layers[-1]:  # a token's own output is of no use any more
                 x, q, attend = x[:, beams:], q[:, beams:], attend[:, :, beams:]
             attended = layer.self_attn.attend(q, self._store(keys, k), self._store(values, v), attend)
@@ -317,10 +330,13 @@ class _Decoder:
         return self._logits(x)
 
     def _store(self, buffer: Tensor, new: Tensor) -> Tensor:
-        """Put the entries (B, 2*K, heads, D) of newest tokens and masks into a buffer, and give all there are so far.
+        """Write keys or values (B, 2*K, heads, D) of newest tokens and masks into a layer's buffer.
 
-        The place of the masks is taken by the next step's tokens. Returns (B, P+1 + (position+2)*slots, heads, D).
+        Returns:
+            All entries so far: (B, P+1 + (position+2)*slots, heads, D).
         """
+        # `unflatten` and slices are views, so this writes into the buffer itself. Tokens go to `position`, masks to the
+        # position behind, where the next step's tokens replace them.
         places = buffer[:, :, self.image_keys :].unflatten(2, (-1, self.num_beams))  # (B, heads, L, slots, D)
         now = slice(self.position, self.position + 2)
         places[:, :, now, : new.shape[1] // 2] = new.transpose(1, 2).unflatten(2, (2, -1))
@@ -329,18 +345,23 @@ class _Decoder:
     def _attend(self) -> Tensor:
         """(B, 1, 2*K, P+1 + (position+2)*slots), True = may attend; rows are the newest tokens, then the masks."""
         beams = self.history.shape[1]
+        # Beam k writes into slot k: (K, slots).
         own = torch.eye(beams, self.num_beams, dtype=torch.bool, device=self.history.device)
         self.history[:, :, self.position] = own
+        # A token does not see the mask behind it: `history` is still False there. A mask sees what its token sees, and
+        # itself.
         of_tokens = self.history[:, :, : self.position + 2]  # (B, K, positions, slots)
         of_masks = of_tokens.clone()
         of_masks[:, :, self.position + 1] = own
-        text = torch.cat([of_tokens, of_masks], dim=1).flatten(2)
+        text = torch.cat([of_tokens, of_masks], dim=1).flatten(2)  # (B, 2*K, positions*slots)
         return F.pad(text, (self.image_keys, 0), value=True).unsqueeze(1)
 
     def _logits(self, x: Tensor) -> Tensor:
         """(B, K, W) out of the last layer → (B, K, V) fp32."""
         if self.encoder.config.final_norm:
             x = self.encoder.encoder.layer_norm.B(x)
+        if isinstance(self.head, nn.Module):
+            return self.head(x).float()
         with torch.autocast(x.device.type, enabled=False):
             return F.linear(x.float(), *self.head)
 
@@ -351,11 +372,22 @@ def _finish_layer(layer: EncoderLayer, expert: str, x: Tensor, attended: Tensor)
     return x + getattr(layer.ffn, expert)(x, getattr(layer.final_layer_norm, expert))
 
 
-def _text_projection(layer: EncoderLayer, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Weight (3*W, W) and bias (3*W,) of q, k and v of the text in one, made once and not at every step."""
-    parts = [layer.self_attn.q_proj.B, layer.self_attn.k_proj.B, layer.self_attn.v_proj.B]
-    weight, bias = torch.cat([part.weight for part in parts]), torch.cat([part.bias for part in parts])
-    if torch.is_autocast_enabled(device.type):
-        dtype = torch.get_autocast_dtype(device.type)
-        return weight.to(dtype), bias.to(dtype)
+def _text_projection(layer: EncoderLayer, device: torch.device) -> tuple[Tensor, Tensor] | None:
+    """Weight (3*W, W) and bias (3*W,) of q, k and v of the text in one, made once and not at every step.
+
+    None where their modules must be called, see `Attention.joint_projection`.
+    """
+    joint = layer.self_attn.joint_projection("B")
+    if joint is None or not torch.is_autocast_enabled(device.type):
+        return joint
+    # Autocast remembers what it casts only where gradients are wanted, so it would cast these at every step.
+    weight, bias = (part.to(torch.get_autocast_dtype(device.type)) for part in joint)
     return weight, bias
+
+
+def _fp32_head(head: nn.Module) -> tuple[Tensor, Tensor] | nn.Module:
+    """Weight (V, W) and bias (V,) in fp32; the module itself where it must be called, for instance an adapter.
+
+    In bf16 a logit of 10 is rounded to a sixteenth, and ties would decide which token comes next.
+    """
+    return (head.weight.float(), head.bias.float()) if is_plain_linear(head) else head

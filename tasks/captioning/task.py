@@ -137,8 +137,8 @@ class Captioning(Task):
             masked_index=batch["masked_index"],
         )  # (hidden tokens, vocabulary)
         targets = batch["targets"]
-        accuracy = (logits.detach().argmax(dim=1) == targets).float().mean()  # first: the loss uses the logits up
         losses = masked_token_losses(logits, targets, self.settings.label_smoothing)
+        accuracy = (logits.detach().argmax(dim=1) == targets).float().mean()
         ratio = self.settings.drop_worst_ratio if step > self.settings.drop_worst_after else 0.0
         return {"loss": drop_worst(losses, ratio), "acc": accuracy}
 
