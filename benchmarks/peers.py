@@ -36,7 +36,7 @@ from beit3.data.augmentation import (
 from beit3.model.encoder import FIRST_POSITION, EncoderConfig
 from modeling_finetune import VQA_ANSWERS, Pooler
 from tasks.vqav2.answers import MIN_ANSWER_COUNT, normalize_word, vote_score
-from tasks.vqav2.index import SPLITS, Split
+from tasks.vqav2.index import OFFICIAL_FILES, Split
 
 PACKAGES = Path(__file__).parent / ".peers"
 BOS, EOS = 0, 2
@@ -67,7 +67,7 @@ def torchscale_encoder(config: EncoderConfig) -> nn.Module:
             encoder_attention_heads=config.heads,
             encoder_ffn_embed_dim=4 * config.width,
             encoder_layers=config.layers,
-            checkpoint_activations=config.checkpoint_activations,
+            checkpoint_activations=config.recompute_activations,
         )
     )
 
@@ -297,8 +297,10 @@ def plain_index(folder: Path, tokenizer: Any, target: Path) -> int:
     folder: holds the official files and the pictures. target: a folder for `train.jsonl`, `val.jsonl` and so on; what
     is in them is what `VQAv2Dataset.make_dataset_index` writes, rest_val and trainable_val left out.
     """
-    read = {split: json.loads((folder / split.questions).read_text())["questions"] for split in SPLITS}
-    annotated = {s: json.loads((folder / s.annotations).read_text())["annotations"] for s in SPLITS if s.annotated}
+    read = {split: json.loads((folder / split.questions).read_text())["questions"] for split in OFFICIAL_FILES}
+    annotated = {
+        s: json.loads((folder / s.annotations).read_text())["annotations"] for s in OFFICIAL_FILES if s.annotated
+    }
     counts: dict[str, int] = {}
     for entries_of_split in annotated.values():
         for annotation in entries_of_split:

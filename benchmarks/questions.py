@@ -27,7 +27,7 @@ from benchmarks.pictures import make_pictures
 from benchmarks.table import Line, Reach, Row, Settings, interleave, rates
 from datasets import VQAv2Dataset
 from tasks.vqav2 import index as vqa_index
-from tasks.vqav2.index import SPLITS, TEST, TEST_DEV, TRAIN, VAL, Split
+from tasks.vqav2.index import OFFICIAL_FILES, TEST, TEST_DEV, TRAIN, VAL, Split
 
 # Questions and pictures of VQA v2.
 QUESTIONS = {TRAIN: 443_757, VAL: 214_354, TEST: 447_793, TEST_DEV: 107_394}
@@ -52,7 +52,7 @@ def make_tree(folder: Path, scale: float) -> Path:
         (tree / name).mkdir()
         for image_id in range(scaled(count, scale)):
             os.link(originals[image_id % 8], tree / name / f"COCO_{name}_{image_id:012}.jpg")
-    for split in SPLITS:
+    for split in OFFICIAL_FILES:
         write_json(tree / split.questions, "questions", make_questions(split, scale, words))
         if split.annotated:
             write_json(tree / split.annotations, "annotations", make_annotations(split, scale, words))
@@ -138,7 +138,7 @@ def part_row(scale: float, settings: Settings) -> list[Line]:
 
 def check_index(tree: Path) -> None:
     """Raises RuntimeError unless the index files of the two sides hold the same."""
-    for split in SPLITS:
+    for split in OFFICIAL_FILES:
         ours = plain_rows([tree / vqa_index.index_file(split.index)])
         peer = plain_rows([tree / "plain" / f"{split.index}.jsonl"])
         if ours != peer or not ours:

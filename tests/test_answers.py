@@ -97,7 +97,44 @@ def test_bad_lines_of_the_answer_file_are_all_named(tmp_path):
     assert "answer 'yes' is in line 1 already" in error.value.problems[2]
 
 
-@pytest.mark.parametrize("content", [None, ""])
+YES, NO = b'{"answer": "yes", "label": 0}', b'{"answer": "no", "label": 1}'
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        YES + b"\n" + NO,
+        b"\xef\xbb\xbf" + YES + b"\n" + NO + b"\n",
+        YES + b"\r\n" + NO + b"\r\n",
+        YES + b"\n" + NO + b"\n\n \n",
+        b"\xef\xbb\xbf" + YES + b"\r\n" + NO + b"\r\n\r\n",
+    ],
+)
+def test_what_editors_add_to_the_answer_file_is_passed_over(tmp_path, content):
+    path = tmp_path / "answer2label.txt"
+    path.write_bytes(content)
+    assert read_answers(path) == ["yes", "no"]
+    path.write_bytes(content.replace(b'"no"', b"7"))
+    with pytest.raises(InputError, match=r"answer2label\.txt:2: "):
+        read_answers(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        (YES + b"\n\n" + NO + b"\n", 2),
+        (b"\n" + YES + b"\n" + NO, 1),
+        (YES + b'\n{"answer": "\\ud800", "label": 1}', 2),
+    ],
+)
+def test_blank_lines_between_answers_and_broken_ones_are_named(tmp_path, content, line):
+    path = tmp_path / "answer2label.txt"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=rf"answer2label\.txt:{line}: "):
+        read_answers(path)
+
+
+@pytest.mark.parametrize("content", [None, "", "\ufeff", "\r\n\n"])
 def test_a_missing_or_empty_answer_file_says_how_to_make_it(tmp_path, content):
     path = tmp_path / "answer2label.txt"
     if content is not None:

@@ -99,7 +99,7 @@ def test_counting_what_is_kept_frees_it_again():
 # The other sides
 
 
-def test_the_loss_with_one_hot_vectors_is_the_fused_one():
+def test_the_loss_with_one_hot_vectors_is_our_loss():
     torch.manual_seed(0)
     logits, targets = torch.randn(7, 50), torch.randint(0, 50, (7,))
     torch.testing.assert_close(

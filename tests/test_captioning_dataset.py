@@ -298,11 +298,11 @@ def test_captions_that_do_not_share_out_evenly_are_refused():
         model(image=reference.images(1, 2, 32), text_ids=ids, padding_mask=padding, language_masked_pos=padding == 0)
 
 
-def test_gradient_checkpointing_gives_the_same_gradients_for_several_captions():
+def test_recomputing_layers_gives_the_same_gradients_for_several_captions():
     gradients = []
     ids, padding = reference.tokens(2, [7, 4, 5, 6], vocab_size=VOCABULARY, width=7)
-    for checkpointing in (False, True):
-        model = small_model(checkpoint_activations=checkpointing, drop_path_rate=0.5).train()
+    for recompute in (False, True):
+        model = small_model(recompute_activations=recompute, drop_path_rate=0.5).train()
         torch.manual_seed(3)
         images = reference.images(1, 2, 32)
         model(image=images, text_ids=ids, padding_mask=padding, language_masked_pos=1 - padding).sin().sum().backward()

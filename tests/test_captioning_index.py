@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from beit3.data import index_writing
+from beit3.data.json_stream import stream_array
 from beit3.system.errors import InputError
 from datasets import CaptioningDataset
 from tasks.captioning import index as captioning_index
@@ -30,8 +32,8 @@ def coco(tmp_path):
     return root
 
 
-def make(coco, tokenizer=SPM):
-    CaptioningDataset.make_coco_captioning_dataset_index(coco, tokenizer)
+def make(coco, tokenizer=SPM, **options):
+    CaptioningDataset.make_coco_captioning_dataset_index(coco, tokenizer, **options)
 
 
 def lines(folder, name):
@@ -69,7 +71,7 @@ def test_the_call_that_people_type_works_with_transformers_tokenizer(coco):
 
 
 def test_batches_leave_no_seams(coco, monkeypatch, capsys):
-    monkeypatch.setattr(captioning_index, "BATCH", 7)
+    monkeypatch.setattr(index_writing, "BATCH", 7)
     make(coco)
     for split in SPLITS:
         name = f"coco_captioning.{split}.jsonl"
@@ -89,6 +91,9 @@ def test_the_captions_people_wrote_are_written_beside_the_index(coco, split, fir
     assert content["annotations"][0].keys() == {"id", "image_id", "caption"}
 
 
+UNKNOWN = "  0.00 % of 2830 tokens are <unk>"
+
+
 def test_pictures_that_are_not_on_the_disk_are_left_out_and_counted(coco, capsys):
     for number in (1, 2):
         (coco / f"train2014/COCO_train2014_{number:012d}.jpg").unlink()
@@ -102,6 +107,7 @@ def test_pictures_that_are_not_on_the_disk_are_left_out_and_counted(coco, capsys
         "  coco_captioning.val.jsonl: 14 images (their captions: coco_captioning.val.references.json); "
         "1 images left out, their pictures are missing",
         "  coco_captioning.test.jsonl: 15 images (their captions: coco_captioning.test.references.json)",
+        UNKNOWN,
     ]
 
 
@@ -129,33 +135,82 @@ def image(**changes) -> dict[str, Any]:
     return {**good, **changes}
 
 
-SPLIT = "not an image of Karpathy's split; number in the file, from 0: 90"
+def wrong(field, what, value):
+    return f"`{field}` {what}: images[90] has {value}"
+
+
 MISTAKES = {
-    "no sentences": ([image(sentences=[])], "image without sentences; cocoid: 77"),
-    "null for sentences": ([image(sentences=None)], "image without sentences; cocoid: 77"),
-    "an empty caption": ([image(sentences=[{"raw": "A"}, {"raw": " \n"}])], "image with an empty caption; cocoid: 77"),
-    "nothing to tokenize": ([image(sentences=[{"raw": "\u200b"}])], "image with an empty caption; cocoid: 77"),
-    "a caption that is a number": ([image(sentences=[{"raw": 5}])], SPLIT),
-    "a caption without text": ([image(sentences=[{}])], SPLIT),
-    "a cocoid of another image": ([image(cocoid=1)], "more than one image has this cocoid: 1"),
-    "the same image three times": ([image(), image(), image()], "more than one image has this cocoid: 77, 77"),
-    "a cocoid that is no number": ([image(cocoid="1")], SPLIT),
-    "a list for the cocoid": ([image(cocoid=[1])], SPLIT),
-    "no image": ([7], SPLIT),
-    "an unknown split": (
-        [image(split="dev")],
-        "the split of an image is none of train, restval, val, test; cocoid: 77",
+    "no sentences": ([image(sentences=[])], wrong("sentences", "has no caption", "[]")),
+    "null for sentences": ([image(sentences=None)], wrong("sentences", "is not a list", "null")),
+    "a text for sentences": ([image(sentences="A")], wrong("sentences", "is not a list", '"A"')),
+    "an empty caption": (
+        [image(sentences=[{"raw": "A"}, {"raw": " \n"}])], '`raw` is blank: images[90].sentences[1] has " \\n"',
     ),
-    "a path upwards": ([image(filepath="..")], "filepath or filename leads out of the data folder; cocoid: 77"),
-    "a path from the root": ([image(filepath="/etc")], "filepath or filename leads out of the data folder; cocoid: 77"),
-}
+    "nothing to tokenize": (
+        [image(sentences=[{"raw": "\u200b"}])], 'the tokenizer leaves nothing of a caption: images[90] has "\\u200b"',
+    ),
+    "a caption that is a number": (
+        [image(sentences=[{"raw": 5}])], "`raw` is not a text: images[90].sentences[0] has 5",
+    ),
+    "a caption without text": ([image(sentences=[{}])], "`raw` is missing: images[90].sentences[0]"),
+    "half a surrogate pair": (
+        [image(split="val", sentences=[{"raw": "a\ud800"}])],
+        '`raw` holds half a surrogate pair, which is no valid Unicode: images[90].sentences[0] has "a\\ud800"',
+    ),
+    "a novel": (
+        [image(sentences=[{"raw": "red square " * 200_000}])],
+        "too long, as a line of the index may have 1048576 bytes: images[90] (LENGTH)",
+    ),
+    "a cocoid of another image": ([image(cocoid=1)], "`cocoid` of another image: images[90] has 1, as images[0]"),
+    "the same image three times": (
+        [image(), image(), image()],
+        "`cocoid` of another image: images[91] has 77, as images[90], images[92] has 77, as images[90]",
+    ),
+    "a cocoid that is no number": ([image(cocoid="1")], wrong("cocoid", "is not a whole number", '"1"')),
+    "a list for the cocoid": ([image(cocoid=[1])], wrong("cocoid", "is not a whole number", "[1]")),
+    "a truth value for the cocoid": ([image(cocoid=True)], wrong("cocoid", "is not a whole number", "true")),
+    "NaN for the cocoid": ([image(cocoid=float("nan"))], wrong("cocoid", "is not a whole number", "NaN")),
+    "a large cocoid": ([image(cocoid=2**63)], wrong("cocoid", "does not fit into 64 bits", 2**63)),
+    "no image": ([7], "not a JSON object: images[90] is 7"),
+    "an unknown split": ([image(split="dev")], wrong("split", "is none of train, restval, val, test", '"dev"')),
+    "a split of control characters": (
+        [image(split="\x1b[2J")], wrong("split", "is none of train, restval, val, test", '"\\u001b[2J"'),
+    ),
+    "a path upwards": ([image(filepath="..")], wrong("filepath", "is not a path below the folder of pictures", '".."')),
+    "a path from the root": (
+        [image(filepath="/etc")], wrong("filepath", "is not a path below the folder of pictures", '"/etc"'),
+    ),
+    "a name upwards": (
+        [image(filename="a/../b.jpg")], wrong("filename", "is not a path below the folder of pictures", '"a/../b.jpg"'),
+    ),
+    "a zero byte": ([image(filename="a\0.jpg")], wrong("filename", "holds a zero byte", '"a\\u0000.jpg"')),
+    "no name": ([image(filename="")], wrong("filename", "is blank", '""')),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_mistakes_in_the_file_are_named(coco, mistake):
     added, expected = MISTAKES[mistake]
     change(coco, lambda images: images.extend(added))
-    assert problems_of_making(coco) == [f"dataset_coco.json: {expected}"]
+    problems = [re.sub(r"\(\d+\)$", "(LENGTH)", problem) for problem in problems_of_making(coco)]
+    assert problems == [f"dataset_coco.json: {expected}"]
+
+
+def test_one_bad_caption_hides_no_other(coco):
+    def edit(images):
+        images[0]["sentences"][0]["raw"] = ""
+        images[0]["sentences"][2]["raw"] = " "
+        images[0]["filename"] = None
+        images[65]["sentences"][1] = {"raw": 5}
+        images[70]["sentences"][1] = {"raw": "\t"}
+
+    change(coco, edit)
+    assert problems_of_making(coco) == [
+        "dataset_coco.json: `filename` is not a text: images[0] has null",
+        'dataset_coco.json: `raw` is blank: images[0].sentences[0] has "", images[0].sentences[2] has " ", '
+        'images[70].sentences[1] has "\\t"',
+        "dataset_coco.json: `raw` is not a text: images[65].sentences[1] has 5",
+    ]
 
 
 def test_all_mistakes_are_named_at_once_and_equal_ones_counted(coco):
@@ -165,8 +220,9 @@ def test_all_mistakes_are_named_at_once_and_equal_ones_counted(coco):
 
     change(coco, edit)
     assert problems_of_making(coco) == [
-        "dataset_coco.json: image without sentences; cocoid: 1000, 1001, 1002, 1003, 1004 and 95 more",
-        "dataset_coco.json: more than one image has this cocoid: 1",
+        "dataset_coco.json: `sentences` has no caption: images[90] has [], images[91] has [], images[92] has [], "
+        "images[93] has [], images[94] has [] and 95 more",
+        "dataset_coco.json: `cocoid` of another image: images[190] has 1, as images[0]",
     ]
 
 
@@ -189,17 +245,99 @@ def test_a_split_without_pictures_is_named(coco):
     assert problems_of_making(coco) == ["dataset_coco.json: no image left of the split 'test'; pictures missing: 15"]
 
 
-def test_links_out_of_the_data_folder_are_refused_as_reading_would(coco, tmp_path):
+def assert_as_expected(coco, renamed=lambda line: line):
+    for split in SPLITS:
+        name = f"coco_captioning.{split}.jsonl"
+        assert sorted(lines(coco, name)) == sorted(map(renamed, lines(MINI / "expected", name)))
+
+
+def test_folders_and_pictures_that_are_links_are_followed(coco, tmp_path):
     picture = coco / "train2014/COCO_train2014_000000000001.jpg"
     shutil.move(picture, tmp_path / "outside.jpg")
     picture.symlink_to(tmp_path / "outside.jpg")
-    assert problems_of_making(coco) == [
-        "train2014: links out of coco, which reading refuses; copy the files: COCO_train2014_000000000001.jpg"
-    ]
+    shutil.move(coco / "val2014", tmp_path / "outside")
+    (coco / "val2014").symlink_to(tmp_path / "outside")
+    make(coco)
+    assert_as_expected(coco)
+
+
+def test_a_link_that_leads_nowhere_is_a_missing_picture(coco, capsys):
+    picture = coco / "train2014/COCO_train2014_000000000001.jpg"
     picture.unlink()
-    shutil.move(coco / "train2014", tmp_path / "outside")
-    (coco / "train2014").symlink_to(tmp_path / "outside")
-    assert problems_of_making(coco) == ["train2014: leads out of coco through a link, which reading refuses"]
+    picture.symlink_to("nothing.jpg")
+    make(coco)
+    assert "295 captions of 59 images; 1 images left out, their pictures are missing" in capsys.readouterr().out
+
+
+def test_pictures_may_lie_elsewhere(coco, tmp_path):
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for folder in ("train2014", "val2014"):
+        shutil.move(coco / folder, pictures)
+    make(coco, image_path=pictures)
+    assert_as_expected(coco)
+    with pytest.raises(InputError, match="nowhere: no such folder"):
+        make(coco, image_path=tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("ending", ["JPG", "jpeg", "png", "Webp", "tif"])
+def test_pictures_of_another_ending_than_the_file_says_are_found(coco, ending):
+    for picture in (coco / "val2014").iterdir():
+        picture.rename(picture.with_suffix(f".{ending}"))
+    make(coco)
+    assert_as_expected(coco, lambda line: re.sub(r"(val2014/.*)\.jpg", rf"\1.{ending}", line))
+
+
+def test_the_name_that_the_file_says_comes_first_and_of_two_others_one_is_wanted(coco):
+    picture = coco / "val2014/COCO_val2014_000000000101.jpg"
+    shutil.copy(picture, picture.with_suffix(".png"))
+    make(coco)
+    assert_as_expected(coco)
+    picture.rename(picture.with_suffix(".gif"))
+    problems = problems_of_making(coco)
+    assert problems == [
+        "val2014: 'COCO_val2014_000000000101.gif' and 'COCO_val2014_000000000101.png' are both there in place of "
+        "'COCO_val2014_000000000101.jpg'; remove one"
+    ]
+
+
+def test_karpathys_file_is_read_once(coco, monkeypatch):
+    opened = []
+    monkeypatch.setattr(
+        index_writing, "stream_array", lambda path, *rest: opened.append(path) or stream_array(path, *rest)
+    )
+    make(coco)
+    assert opened == [coco / "dataset_coco.json"]
+
+
+def test_the_counts_are_compared_with_karpathys(coco, monkeypatch, capsys):
+    make(coco)
+    assert "official" not in capsys.readouterr().out
+    monkeypatch.setattr(captioning_index, "KARPATHY_COUNTS", {"train": 60, "val": 15, "test": 15})
+    make(coco)
+    assert capsys.readouterr().out.count("    as many as in the official data\n") == 3
+    monkeypatch.setattr(captioning_index, "KARPATHY_COUNTS", {"train": 61, "val": 15, "test": 17})
+    (coco / "val2014/COCO_val2014_000000000101.jpg").unlink()
+    make(coco)
+    told = [line for line in capsys.readouterr().out.splitlines() if "official" in line]
+    assert told == [
+        "    unlike the official data: 60 images instead of 61, 60 pictures instead of 61",
+        "    unlike the official data: 14 pictures instead of 15",
+        "    unlike the official data: 15 images instead of 17, 15 pictures instead of 17",
+    ]
+
+
+def test_many_unknown_tokens_are_told_loudly(coco, capsys):
+    def edit(images):
+        for entry in images:
+            for sentence in entry["sentences"]:
+                sentence["raw"] = "жжж red"
+
+    change(coco, edit)
+    make(coco)
+    assert re.match(
+        r"  WARNING: \d\d\.\d\d % of \d+ tokens are <unk>, above 5 %", capsys.readouterr().out.splitlines()[-1]
+    )
 
 
 def test_a_failed_making_leaves_an_earlier_index_as_it_was(coco):
@@ -258,17 +396,69 @@ def test_missing_pictures_of_nocaps_are_left_out(nocaps, capsys):
 @pytest.mark.parametrize(
     ("images", "expected"),
     [
-        ([{"id": 1}], "not an image of nocaps; number in the file, from 0: 0"),
-        ([{"id": "1", "file_name": "a.jpg"}], "not an image of nocaps; number in the file, from 0: 0"),
-        ([{"id": 1, "file_name": "a.jpg"}] * 2, "more than one image has this id: 1"),
-        ([{"id": 1, "file_name": "../a.jpg"}], "file_name leads out of the data folder; id: 1"),
-        ([], "no image left; pictures missing: 0"),
+        ([{"id": 1}], "`file_name` is missing: images[0]"),
+        ([{"id": "1", "file_name": "a.jpg"}], '`id` is not a whole number: images[0] has "1"'),
+        ([{"id": 2**63, "file_name": "a.jpg"}], f"`id` does not fit into 64 bits: images[0] has {2**63}"),
+        ([{"id": 1, "file_name": "a.jpg"}] * 2, "`id` of another image: images[1] has 1, as images[0]"),
+        (
+            [{"id": 1, "file_name": "../a.jpg"}],
+            '`file_name` is not a path below the folder of pictures: images[0] has "../a.jpg"',
+        ),
+        ([{"id": 1, "file_name": ""}], '`file_name` is blank: images[0] has ""'),
+        ([], "no image left of the split 'val'; pictures missing: 0"),
     ],
 )
 def test_mistakes_in_the_files_of_nocaps_are_named(nocaps, images, expected):
     (nocaps / "nocaps_val_4500_captions.json").write_text(json.dumps({"images": images}))
     problems = problems_of_making(nocaps, make_nocaps)
     assert f"nocaps_val_4500_captions.json: {expected}" in problems
+
+
+CAPTIONS = [{"image_id": 10, "caption": "A"}, {"image_id": 11, "caption": "B"}]
+
+
+@pytest.mark.parametrize(
+    ("captions", "expected"),
+    [
+        ([*CAPTIONS, {"image_id": 10, "caption": " "}], ['`caption` is blank: annotations[2] has " "']),
+        ([*CAPTIONS, {"image_id": 10, "caption": None}], ["`caption` is not a text: annotations[2] has null"]),
+        ([*CAPTIONS, {"image_id": 9, "caption": "C"}], ["`image_id` is not among `images`: annotations[2] has 9"]),
+        (
+            [{"image_id": 10, "caption": ""}, 7],
+            [
+                '`caption` is blank: annotations[0] has ""',
+                "not a JSON object: annotations[1] is 7",
+                "image without captions: images[1] (id 11)",
+            ],
+        ),
+    ],
+)
+def test_captions_of_nocaps_that_validation_would_refuse_are_named_when_the_index_is_made(nocaps, captions, expected):
+    source = nocaps / "nocaps_val_4500_captions.json"
+    content = json.loads(source.read_text())
+    source.write_text(json.dumps({**content, "annotations": captions}))
+    assert problems_of_making(nocaps, make_nocaps) == [f"{source.name}: {problem}" for problem in expected]
+    with pytest.raises(InputError) as error:
+        load_references(source)
+    assert error.value.problems == [f"{source}: {problem}" for problem in expected]
+
+
+@pytest.mark.parametrize("annotations", [{}, {"annotations": []}, {"annotations": CAPTIONS}])
+def test_nocaps_is_indexed_with_captions_and_without(nocaps, annotations):
+    source = nocaps / "nocaps_val_4500_captions.json"
+    images = json.loads(source.read_text())["images"]
+    source.write_text("\ufeff" + json.dumps({**annotations, "images": images}), encoding="utf-8")
+    make_nocaps(nocaps)
+    assert len(lines(nocaps, "nocaps.val.jsonl")) == 2
+
+
+def test_pictures_of_nocaps_may_lie_elsewhere_and_have_other_endings(nocaps, tmp_path):
+    (tmp_path / "pictures").mkdir()
+    for folder in ("val", "test"):
+        shutil.move(nocaps / folder, tmp_path / "pictures")
+    (tmp_path / "pictures/val/a.jpg").rename(tmp_path / "pictures/val/a.PNG")
+    CaptioningDataset.make_nocaps_captioning_dataset_index(nocaps, image_path=tmp_path / "pictures")
+    assert [json.loads(line)["image_path"] for line in lines(nocaps, "nocaps.val.jsonl")] == ["val/a.PNG", "val/b.jpg"]
 
 
 def test_missing_files_of_nocaps_are_named_together(tmp_path):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 import pickle
+import re
 import struct
 import time
 import zlib
@@ -15,8 +17,10 @@ import pytest
 import torch
 from PIL import Image, ImageFile, features
 
-from beit3.data import images
+from beit3.data import decoder_warnings, images
+from beit3.data.augmentation import resize
 from beit3.data.images import ImageError, decode_image, normalize, screen_images
+from beit3.system.errors import printable
 
 
 def _gradient(width: int = 40, height: int = 30) -> Image.Image:
@@ -249,6 +253,34 @@ def test_a_header_that_claims_too_many_pixels_is_refused_before_decoding(tmp_pat
         decode_image(path)
 
 
+def test_a_side_has_at_most_65535_pixels_whatever_the_other_is(tmp_path):
+    rows = zlib.compress(bytes(2 * 49_000_000), 9)  # a filter and a pixel per row; 95 kB
+    header = struct.pack(">IIBBBBB", 1, 49_000_000, 8, 0, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", rows), (b"IEND", b"")]
+    content = b"\x89PNG\r\n\x1a\n" + b"".join(_png_chunk(*chunk) for chunk in chunks)
+    (tmp_path / "line.png").write_bytes(content)
+    with pytest.raises(ImageError, match="1x49000000, more than the 65535 pixels that a side may have"):
+        decode_image(tmp_path / "line.png")
+    assert len(screen_images(["line.png"], tmp_path)) == 1
+    for size, fits in [((65535, 1), True), ((1, 65535), True), ((65536, 1), False), ((1, 65536), False)]:
+        _save(tmp_path / "long.png", Image.new("1", size))
+        assert (screen_images(["long.png"], tmp_path) == []) == fits
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="needs Linux's account of memory")
+@pytest.mark.parametrize("height, width", [(65535, 1), (65535, 762), (762, 65535), (7000, 7000), (65535, 100)])
+def test_resizing_takes_less_than_400_megabytes_for_any_picture_that_is_read(height, width):
+    def resident(name: str) -> int:  # kB
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith(name))
+
+    inside = torch.full((height + 1, width + 1, 3), 7, dtype=torch.uint8).permute(2, 0, 1)[:, 1:, 1:]  # a crop
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = resident("VmRSS")
+    assert (resize(inside, 768, "bicubic") == 7).all()
+    assert resident("VmHWM") - before < 400_000
+
+
 def test_a_huge_file_is_refused_without_reading_it(tmp_path):
     path = tmp_path / "huge.jpg"
     path.touch()
@@ -288,6 +320,196 @@ def test_corrupt_jpeg_data_is_refused_with_the_decoders_words(tmp_path):
     path.write_bytes(data)
     with pytest.raises(ImageError, match=r"a\.jpg: truncated or corrupt JPEG data \([A-Za-z].*\)$"):
         decode_image(path)
+
+
+def _jpeg(**options) -> bytes:
+    buffer = io.BytesIO()
+    _gradient(200, 150).save(buffer, "JPEG", **options)
+    return buffer.getvalue()
+
+
+def _tiff(*tags: tuple[int, int, int, int], behind: bytes = b"") -> bytes:
+    """Little-endian, of 10 x 10 grey pixels; a tag is (number, type, count, value)."""
+    sizes = [(256, 3, 1, 10), (257, 3, 1, 10), (258, 3, 1, 8), (262, 3, 1, 1), (277, 3, 1, 1)]
+    entries = sorted([*sizes, *tags])
+    packed = b"".join(struct.pack("<HHII", *entry) for entry in entries)
+    return b"II*\0" + struct.pack("<IH", 8, len(entries)) + packed + bytes(4) + behind
+
+
+def _gif_with(blocks: bytes) -> bytes:
+    buffer = io.BytesIO()
+    _gradient().convert("P").save(buffer, "GIF")
+    start = 13 + (3 << (buffer.getvalue()[10] & 7) + 1)  # behind the palette
+    return buffer.getvalue()[:start] + blocks + buffer.getvalue()[start:]
+
+
+def _with_scans(count: int) -> bytes:
+    """A progressive JPEG whose last scan comes again until there are `count`."""
+    whole = _jpeg(progressive=True)
+    last = whole.rindex(b"\xff\xda")
+    return whole[:-2] + whole[last:-2] * (count - whole.count(b"\xff\xda")) + b"\xff\xd9"
+
+
+_TEN_MEGABYTES = 10_000_000
+COSTLY = {
+    "zeros": (lambda: bytes(_TEN_MEGABYTES), "but zeros"),
+    "a start and zeros": (lambda: b"\xff\xd8\xff" + bytes(_TEN_MEGABYTES), "bytes that mean nothing"),
+    "a start and fill": (lambda: b"\xff\xd8" + b"\xff" * _TEN_MEGABYTES, "bytes that mean nothing"),
+    "many segments": (lambda: _jpeg()[:2] + b"\xff\xfe\x00\x02" * 2001 + _jpeg()[2:], "or 2000 segments"),
+    "a long header": (lambda: _jpeg()[:2] + (b"\xff\xe5\xff\xff" + bytes(65533)) * 300 + _jpeg()[2:], "header of more"),
+    "400 scans": (lambda: _with_scans(400), "more than 50 scans"),
+    "51 scans": (lambda: _with_scans(51), "more than 50 scans"),
+    "many chunks": (lambda: _png(9, 9, 8, 0, b"")[:33] + _png_chunk(b"teSt", b"") * 100_001, "more than 100000 chunks"),
+    "long comments": (lambda: _gif_with(b"!\xfe" + (b"\xff" + b"a" * 255) * 100_001 + b"\0"), "no frame within"),
+    "a GIF of zeros": (lambda: _gif_with(bytes(_TEN_MEGABYTES)), "no frame within its first [0-9]{3} bytes"),
+    "many offsets": (lambda: _tiff((273, 4, 1_000_001, 9), behind=bytes(5_000_000)), "tag 273 claims 1000001"),
+    "overlapping tags": (lambda: _tiff((40000, 7, 900, 9), (40001, 7, 900, 9), behind=bytes(1000)), "tag 40001 claims"),
+    "tags of EXIF": (lambda: _tiff((34665, 4, 1, 86), behind=struct.pack("<HHHII", 1, 1, 7, 9999, 9)), "tag 1 claims"),
+    "a huge tile": (
+        lambda: _tiff(*[(tag, 4, 1, 40000) for tag in (322, 323)], (324, 4, 1, 9), (325, 4, 1, 9), (259, 3, 1, 8)),
+        "a tile of more pixels than",
+    ),
+}  # small pictures, or none, that would cost a decoder minutes or gigabytes
+
+
+@pytest.mark.parametrize("name", COSTLY)
+def test_a_file_built_to_cost_time_or_memory_never_reaches_a_decoder(tmp_path, monkeypatch, name):
+    make, problem = COSTLY[name]
+    (tmp_path / "a.jpg").write_bytes(make())
+    monkeypatch.setattr(images, "_jpeg_decoder", lambda *_: pytest.fail("decoded"))
+    monkeypatch.setattr(images, "_decode_with_pillow", lambda _: pytest.fail("decoded"))
+    with pytest.raises(ImageError, match=problem):
+        decode_image(tmp_path / "a.jpg")
+    if name not in ("a long header", "long comments", "a GIF of zeros"):  # their ends look right; found when loaded
+        [found] = screen_images(["a.jpg"], tmp_path)
+        assert re.search(problem, found)
+
+
+def test_what_honest_files_have_much_of_is_read(tmp_path):
+    whole = _jpeg()
+    (tmp_path / "scans.jpg").write_bytes(_with_scans(50))
+    (tmp_path / "profile.jpg").write_bytes(whole[:2] + (b"\xff\xe2\xff\xff" + bytes(65533)) * 200 + whole[2:])
+    (tmp_path / "film.jpg").write_bytes(whole + b"\xff\xda" * 1000)  # what phones put behind a picture
+    (tmp_path / "odd.jpg").write_bytes(whole[:2] + b"\xff\xff\xff\x00\x01" + whole[2:])
+    (tmp_path / "comment.gif").write_bytes(_gif_with(b"!\xfe" + (b"\xff" + b"a" * 255) * 1000 + b"\0"))
+    for path in tmp_path.iterdir():
+        assert np.abs(decode_image(path).numpy().astype(int) - _by_pillow(path)).max() <= 1
+    assert screen_images([path.name for path in tmp_path.iterdir()], tmp_path) == []
+
+
+def test_behind_a_large_jpeg_only_what_its_picture_needs_is_read(tmp_path, monkeypatch):
+    path = tmp_path / "film.jpg"
+    path.write_bytes(_jpeg())
+    os.truncate(path, 300_000_000)  # sparse
+    read, whole = [], images._read
+    monkeypatch.setattr(images, "_read", lambda file, count: read.append(count) or whole(file, count))
+    assert decode_image(path).shape == (3, 150, 200)
+    assert sum(read) < 20_000_000
+
+
+@pytest.fixture
+def no_picture_warned_of(monkeypatch):
+    monkeypatch.setattr(decoder_warnings, "_seen", bytearray(1 << 16))
+
+
+def _damaged() -> dict[str, bytes]:
+    """JPEGs that Pillow reads and libjpeg warns of → how the warning goes on."""
+    whole, marked = _jpeg(), _jpeg(restart_marker_blocks=4)
+    middle, table = len(whole) // 2, whole.index(b"\xff\xdb")
+    second = marked.index(b"\xff\xd1")
+    return {
+        "premature end of data": whole[:middle] + b"\xff\xd9",
+        "extraneous bytes before marker 0xdb": whole[:table] + b"\1\2\3" + whole[table:],
+        "extraneous bytes before marker 0xd9": whole[:-2] + b"\1\2\3" * 5 + whole[-2:],
+        "found marker 0xd4 instead of RST1": marked[:second] + b"\xff\xd4" + marked[second + 2 :],
+    }
+
+
+@pytest.mark.parametrize("warning", _damaged())
+def test_a_damaged_jpeg_that_pillow_reads_is_read_and_named_once(
+    tmp_path, caplog, capfd, no_picture_warned_of, warning
+):
+    path = tmp_path / "damaged\x1b[2J.jpg"
+    path.write_bytes(_damaged()[warning])
+    first = decode_image(path)
+    assert torch.equal(decode_image(path), first)
+    assert np.abs(first.numpy().astype(int) - _by_pillow(path)).max() <= 1
+    [message] = caplog.messages
+    assert "damaged\\x1b[2J.jpg: damaged, read all the same (Corrupt JPEG data: " in message and warning in message
+    assert decoder_warnings.count() == 1
+    assert "JPEG" not in capfd.readouterr().err
+
+
+def test_sound_pictures_and_refused_ones_are_not_counted_as_damaged(tmp_path, caplog, no_picture_warned_of):
+    decode_image(_save(tmp_path / "a.jpg", _gradient()))
+    (tmp_path / "a.jpg").write_bytes(_jpeg()[:1000])
+    with pytest.raises(ImageError):
+        decode_image(tmp_path / "a.jpg")
+    assert decoder_warnings.count() == 0 and caplog.messages == []
+
+
+def test_what_torchvision_refuses_and_pillow_reads_is_read(tmp_path, monkeypatch, caplog, no_picture_warned_of):
+    def refuse(*_):
+        raise RuntimeError("decode_jpeg.cpp:171, Image is incomplete")
+
+    path = _save(tmp_path / "a.jpg", _gradient())
+    monkeypatch.setattr(images, "_jpeg_decoder", refuse)
+    assert np.array_equal(decode_image(path).numpy(), _by_pillow(path))
+    assert "Image is incomplete" in caplog.text
+
+
+def test_damaged_pictures_are_named_up_to_a_hundred_and_counted_beyond(tmp_path, caplog, no_picture_warned_of):
+    for number in range(105):
+        decoder_warnings.tell(f"{number}.jpg", ["Corrupt JPEG data: x"])
+    assert decoder_warnings.count() == 105
+    assert len(caplog.messages) == 101 and "further ones are counted" in caplog.messages[-1]
+
+
+def test_a_forked_worker_and_its_parent_name_a_picture_once_between_them(tmp_path, caplog):
+    path = tmp_path / "damaged.jpg"
+    path.write_bytes(_damaged()["premature end of data"])
+    before = decoder_warnings.count()
+    child = os.fork()
+    if not child:
+        logging.disable()
+        decode_image(path)
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert decoder_warnings.count() == before + 1
+    decode_image(path)
+    assert decoder_warnings.count() == before + 1 and caplog.messages == []
+
+
+def test_what_others_write_to_standard_error_while_a_picture_is_decoded_is_passed_on(
+    capfd, caplog, no_picture_warned_of
+):
+    with decoder_warnings.listen("a.jpg"):
+        os.write(2, b"someone else's words\nCorrupt JPEG data: x\n")
+    assert capfd.readouterr().err == "someone else's words\n"
+    assert caplog.messages == ["a.jpg: damaged, read all the same (Corrupt JPEG data: x)"]
+
+
+@pytest.mark.parametrize("compression", ["tiff_lzw", "tiff_adobe_deflate"])
+def test_a_damaged_tiff_is_refused_without_a_raw_word_on_the_terminal(tmp_path, capfd, compression):
+    path = _save(tmp_path / "a.tif", _gradient(200, 150), compression=compression)
+    data = bytearray(path.read_bytes())
+    data[300:340] = b"\xff" * 40
+    path.write_bytes(data)
+    with pytest.raises(ImageError, match="corrupt TIFF data"):
+        decode_image(path)
+    assert capfd.readouterr().err == ""
+
+
+def test_control_characters_of_names_are_shown_as_escapes(tmp_path):
+    with pytest.raises(ImageError) as caught:
+        decode_image(tmp_path / "a\x1b[2J\nscore: 99.9\r\u2028.jpg")
+    assert str(caught.value).startswith(f"{tmp_path}/a\\x1b[2J\\nscore: 99.9\\r\\u2028.jpg: No such file")
+    assert caught.value.path.endswith("\u2028.jpg")  # the name itself stays
+
+
+def test_printable_keeps_letters_of_all_languages_and_escapes_the_rest():
+    assert printable("Straße 猫 é “x”") == "Straße 猫 é “x”"
+    assert printable("a\tb\x7f\x9b1m\u202eevil\u200b\udcff") == "a\\tb\\x7f\\x9b1m\\u202eevil\\u200b\\udcff"
 
 
 def test_an_error_survives_the_way_out_of_a_worker():

@@ -384,7 +384,8 @@ def test_a_picture_damaged_inside_stops_training_naming_file_and_row(coco, tmp_p
     data = damaged(coco, tmp_path / "data")
     picture = data / "train2014" / "COCO_train2014_000000000003.jpg"
     content = picture.read_bytes()
-    picture.write_bytes(content[:2] + b"\xff\xff\x00" * 100 + content[302:])  # start and end are as they should be
+    tables = content.index(b"\xff\xc4") + 5  # 16 counts of codes; the header that screening reads stays as it should be
+    picture.write_bytes(content[:tables] + b"\xff" * 16 + content[tables + 16 :])
     assert run.main(tiny_flags(data, tmp_path / "out", num_workers=workers)) == 1
     message = caplog.records[-1].getMessage()
     assert "COCO_train2014_000000000003.jpg" in message

@@ -5,10 +5,12 @@ import io
 import json
 import pickle
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy
 import pytest
 import sentencepiece
 
@@ -112,12 +114,6 @@ def test_the_layout_is_that_of_xlm_roberta(tokenizer):
     assert tokenizer.sha256 == hashlib.sha256(MINI.read_bytes()).hexdigest()
 
 
-def test_a_segment_is_cut_to_the_longest_allowed_length(tokenizer):
-    assert tokenizer.segment([10, 11, 12, 13, 14], 5) == [0, 10, 11, 12, 2]
-    assert tokenizer.segment([10, 11], 5) == [0, 10, 11, 2]
-    assert tokenizer.segment([], 5) == [0, 2]
-
-
 def test_half_a_surrogate_pair_is_named(tokenizer):
     with pytest.raises(ValueError, match=r"'b\\ud800' holds half a surrogate pair"):
         tokenizer.encode_batch(["a", "b\ud800"])
@@ -188,6 +184,19 @@ def test_any_other_tokenizer_is_asked_text_by_text():
             return [ord(token) for token in tokens]
 
     assert as_batch_encoder(Letters())(["ab", ""]) == [[97, 98], []]
+
+
+@pytest.mark.parametrize("wrong", [None, -1, 4.0, True, "4", 2**40])
+def test_ids_that_are_none_of_another_tokenizer_are_named(wrong):
+    class Wrong:
+        def tokenize(self, text):
+            return list(text)
+
+        def convert_tokens_to_ids(self, tokens):
+            return [numpy.int64(5), wrong]
+
+    with pytest.raises(ValueError, match=f"gives 'ab' the id {re.escape(repr(wrong))}; wanted whole numbers from 0"):
+        as_batch_encoder(Wrong())(["ab"])
 
 
 def test_what_is_no_tokenizer_is_refused():

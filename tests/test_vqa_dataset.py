@@ -1,5 +1,6 @@
 """Reading the index of VQAv2: items, batches, hostile index files, and the order in which rows come."""
 
+import hashlib
 import json
 import os
 import pickle
@@ -320,21 +321,100 @@ def test_a_line_of_a_hundred_megabytes_is_refused_without_reading_it(coco):
         tracemalloc.stop()
 
 
-def test_a_folder_that_leads_out_by_a_link_is_refused(coco, tmp_path):
-    shutil.move(coco / "train2014", tmp_path / "elsewhere")
-    (coco / "train2014").symlink_to(tmp_path / "elsewhere")
-    problems = problems_of_reading(coco, [{**LINE, "image_path": "val2014/COCO_val2014_000000000101.jpg"}, LINE])
-    assert problems == [
-        "vqa.rest_val.jsonl:2: image_path: train2014 leads out of the data folder through a link; "
-        "put the pictures themselves there"
-    ]
-
-
-def test_a_picture_that_leads_out_by_a_link_is_refused(coco, tmp_path):
+def test_pictures_and_folders_that_are_links_out_of_the_data_folder_are_read(coco, tmp_path):
+    shutil.move(coco / "val2014", tmp_path / "disk")
+    (coco / "val2014").symlink_to(tmp_path / "disk")
     shutil.move(coco / PICTURE, tmp_path / "elsewhere.jpg")
     (coco / PICTURE).symlink_to(tmp_path / "elsewhere.jpg")
+    (tmp_path / "data").symlink_to(coco)
+    write_index(coco, "rest_val", [{**LINE, "image_path": "val2014/COCO_val2014_000000000101.jpg"}, LINE])
+
+    def load(path, key):
+        return torch.tensor(list(Path(path).read_bytes()[:2])).reshape(2, 1, 1)
+
+    for folder in (coco, tmp_path / "data"):
+        dataset = VQAv2Dataset(folder, "val", load, vocab_size=88, num_answers=14)
+        assert [dataset[row]["image"].flatten().tolist() for row in (0, 1)] == [[0xFF, 0xD8]] * 2
+
+
+def test_a_folder_that_is_a_broken_link_is_not_there(coco, tmp_path):
+    (coco / "gone").symlink_to(tmp_path / "nothing")
+    problems = problems_of_reading(coco, [LINE, {**LINE, "image_path": "gone/1.jpg"}])
+    assert problems == [f"vqa.rest_val.jsonl:2: image_path: {coco} has no folder 'gone'; pictures are looked for there"]
+
+
+def test_pictures_may_lie_in_another_folder_than_the_index(coco, tmp_path):
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    shutil.move(coco / "train2014", pictures)
+    write_index(coco, "rest_val", [LINE])
     problems = problems_of_reading(coco, [LINE])
-    assert problems == [f"vqa.rest_val.jsonl:1: image_path: {PICTURE} leads out of the data folder through a link"]
+    assert problems == [
+        f"vqa.rest_val.jsonl:1: image_path: {coco} has no folder 'train2014'; pictures are looked for there"
+    ]
+    seen = []
+
+    def note(path, key):
+        seen.append(path)
+        return torch.zeros(3, 1, 1, dtype=torch.uint8)
+
+    dataset = VQAv2Dataset(coco, "val", note, vocab_size=88, num_answers=14, image_path=pictures)
+    dataset[0]
+    assert seen == [f"{pictures}/{PICTURE}"]
+    assert dataset.data_path == str(coco)
+
+
+MARK = b"\xef\xbb\xbf"
+SOUND = json.dumps(LINE).encode()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        MARK + SOUND + b"\n" + SOUND + b"\n",
+        SOUND + b"\r\n" + SOUND + b"\r\n",
+        SOUND + b"\n" + SOUND,
+        SOUND + b"\n" + SOUND + b"\n\n",
+        SOUND + b"\n" + SOUND + b"\n \t\r\n\r\n\n",
+        MARK + SOUND + b"\r\n" + SOUND + b"\r\n\r\n  ",
+    ],
+)
+def test_what_editors_add_to_an_index_is_passed_over(coco, content):
+    path = coco / "vqa.rest_val.jsonl"
+    path.write_bytes(content)
+    dataset = read(coco)
+    assert [as_line(dataset, row) for row in range(len(dataset))] == [LINE, LINE]
+    assert dataset.digest == hashlib.sha256(content).hexdigest()
+    assert [dataset.place(row) for row in (0, 1)] == [f"{path}:1", f"{path}:2"]
+    path.write_bytes(content.replace(SOUND, SOUND.replace(b"1000", b'"x"')))
+    with pytest.raises(InputError) as error:
+        read(coco)
+    assert [problem.split(": qid")[0] for problem in error.value.problems] == [f"{path}:1", f"{path}:2"]
+
+
+def test_blank_lines_at_the_end_of_a_file_shift_no_line_of_the_next(coco):
+    write_index(coco, "train", [LINE, "", " "])
+    write_index(coco, "trainable_val", [MARK + json.dumps({**LINE, "qid": 7}).encode(), LINE, ""])
+    dataset = read(coco, "train")
+    assert [int(qid) for qid in dataset.table["qid"]] == [1000, 7, 1000]
+    assert dataset.place(1) == f"{coco}/vqa.trainable_val.jsonl:1"
+
+
+@pytest.mark.parametrize("blanks", [1, 2, 5])
+def test_blank_lines_between_others_are_named_and_the_lines_behind_them_keep_their_numbers(coco, blanks):
+    problems = problems_of_reading(coco, [LINE, *[""] * blanks, {**LINE, "qid": "x"}, ""])
+    blank = [f"vqa.rest_val.jsonl:{line}: not JSON: a blank line between others" for line in range(2, 2 + blanks)]
+    assert [problem.split(";")[0] for problem in problems[:-1]] == blank
+    assert problems[-1].startswith(f"vqa.rest_val.jsonl:{2 + blanks}: qid: an integer expected")
+
+
+def test_an_index_of_blank_lines_has_no_line(coco):
+    write_index(coco, "rest_val", [MARK, "", " "] * 50)
+    with pytest.raises(InputError, match=r"not JSON"):  # a mark is one at the start only
+        read(coco)
+    write_index(coco, "rest_val", [MARK, "", " "])
+    with pytest.raises(InputError, match=r"vqa\.rest_val\.jsonl: no line in it"):
+        read(coco)
 
 
 def test_links_inside_the_data_folder_and_to_it_are_allowed(coco, tmp_path):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from beit3.data import json_stream
+from beit3.data import index_table, index_writing, json_stream
 from beit3.data.json_stream import stream_array
 from beit3.system.atomic_files import atomic_write, atomic_writes
 from beit3.system.errors import InputError
@@ -85,7 +85,7 @@ def test_the_call_that_people_type_works_with_transformers_tokenizer(coco):
 
 
 def test_batches_and_chunks_leave_no_seams(coco, monkeypatch):
-    monkeypatch.setattr(vqa_index, "BATCH", 7)
+    monkeypatch.setattr(index_writing, "BATCH", 7)
     monkeypatch.setattr(json_stream, "CHUNK", 100)
     make(coco)
     assert_as_expected(coco)
@@ -180,7 +180,7 @@ def test_all_that_is_missing_is_named_at_once(coco):
     (coco / "mini.spm").unlink()
     shutil.rmtree(coco / "test2015")
     for picture in (coco / "val2014").iterdir():
-        picture.rename(picture.with_suffix(".png"))
+        picture.rename(picture.with_suffix(".txt"))
     problems = problems_of_making(coco)
     for wanted in (
         f"{TRAIN_QUESTIONS}: missing",
@@ -278,27 +278,27 @@ MISTAKES = {
     "an empty question": (
         TEST_QUESTIONS,
         update_first(question=" \n "),
-        f"{TEST_QUESTIONS}: empty question text; question_id: 1357",
+        f'{TEST_QUESTIONS}: `question` is blank: questions[0] has " \\n "',
     ),
     "a question that is no object": (
         TRAIN_QUESTIONS,
         lambda entries: [*entries, 7],
-        f"{TRAIN_QUESTIONS}: not a question; number in the file, from 0: 236",
+        f"{TRAIN_QUESTIONS}: not a JSON object: questions[236] is 7",
     ),
     "a question whose id is text": (
         TEST_QUESTIONS,
         update_first(question_id="1357"),
-        f"{TEST_QUESTIONS}: not a question; number in the file, from 0: 0",
+        f'{TEST_QUESTIONS}: `question_id` is not a whole number: questions[0] has "1357"',
     ),
     "an annotation without answers": (
         VAL_ANNOTATIONS,
         lambda entries: entries.append({"question_id": 1, "image_id": 1, "multiple_choice_answer": "x"}),
-        f"{VAL_ANNOTATIONS}: not an annotation of VQA v2; number in the file, from 0: 121",
+        f"{VAL_ANNOTATIONS}: `answers` is missing: annotations[121]",
     ),
     "an answer that is no text": (
         TRAIN_ANNOTATIONS,
         lambda entries: entries.append({**entries[0], "answers": [{"answer": 7}]}),
-        f"{TRAIN_ANNOTATIONS}: not an annotation of VQA v2; number in the file, from 0: 236",
+        f"{TRAIN_ANNOTATIONS}: `answer` is not a text: annotations[236].answers[0] has 7",
     ),
     "answers all too rare": (
         "both annotations",
@@ -338,23 +338,228 @@ def test_a_file_without_its_list_is_named(coco, key):
     assert len(problems) == 1 and f'{TEST_QUESTIONS}: has no "questions"' in problems[0]
 
 
-def test_a_folder_of_pictures_behind_a_link_is_refused_as_reading_would(coco, tmp_path):
-    shutil.move(coco / "test2015", tmp_path / "elsewhere")
-    (coco / "test2015").symlink_to(tmp_path / "elsewhere")
-    assert "test2015: leads out of" in problems_of_making(coco)[0]
+QUESTION_MISTAKES = {
+    "an id of truth": ({"question_id": True}, "`question_id` is not a whole number: questions[1] has true"),
+    "an id that is a fraction": ({"image_id": 201.0}, "`image_id` is not a whole number: questions[1] has 201.0"),
+    "an id that is NaN": ({"question_id": float("nan")}, "`question_id` is not a whole number: questions[1] has NaN"),
+    "an id of nothing": ({"image_id": None}, "`image_id` is not a whole number: questions[1] has null"),
+    "a large id": ({"question_id": 2**63}, f"`question_id` does not fit into 64 bits: questions[1] has {2**63}"),
+    "a large negative id": ({"image_id": -(2**63) - 1}, "`image_id` does not fit into 64 bits: questions[1] has -922"),
+    "a huge id": ({"question_id": 10**400}, "`question_id` does not fit into 64 bits: questions[1] has 1000000"),
+    "a text that is a list": ({"question": ["a"]}, '`question` is not a text: questions[1] has ["a"]'),
+    "no text at all": ({"question": ""}, '`question` is blank: questions[1] has ""'),
+    "another kind of blank": ({"question": "\u3000"}, '`question` is blank: questions[1] has "\\u3000"'),
+    "a text that vanishes": (
+        {"question": "\u200b"}, 'the tokenizer leaves nothing of `question`: questions[1] has "\\u200b"'
+    ),
+    "half a pair": (
+        {"question": "a\ud800"},
+        '`question` holds half a surrogate pair, which is no valid Unicode: questions[1] has "a\\ud800"',
+    ),
+    "a novel": (
+        {"question": "red square " * 200_000},
+        "too long, as a line of the index may have 1048576 bytes: questions[1] (",
+    ),
+    "control characters": ({"question_id": "\x1b[2J\x7f\x9b"}, 'questions[1] has "\\u001b[2J\\u007f\\u009b"'),
+}  # fmt: skip
 
 
-def test_a_picture_behind_a_link_is_refused_as_reading_would(coco, tmp_path):
-    picture = coco / "test2015" / "COCO_test2015_000000000201.jpg"
+@pytest.mark.parametrize("mistake", QUESTION_MISTAKES)
+def test_a_wrong_question_is_named_with_field_position_and_value(coco, mistake):
+    values, expected = QUESTION_MISTAKES[mistake]
+    edit(coco, TEST_QUESTIONS, lambda entries: entries[1].update(values))
+    problems = problems_of_making(coco)
+    assert len(problems) == 1
+    assert problems[0].startswith(f"{coco / 'vqa' / TEST_QUESTIONS}: ") and expected in problems[0]
+    assert problems[0].isprintable() and len(problems[0]) < 400 + len(str(coco))
+
+
+ANNOTATION_MISTAKES = {
+    "an id of truth": ({"question_id": True}, "`question_id` is not a whole number: annotations[1] has true"),
+    "a picture of nothing": ({"image_id": None}, "`image_id` is not a whole number: annotations[1] has null"),
+    "a large question": (
+        {"question_id": 2**63}, f"`question_id` does not fit into 64 bits: annotations[1] has {2**63}",
+    ),
+    "a large id": ({"image_id": 2**64}, f"`image_id` does not fit into 64 bits: annotations[1] has {2**64}"),
+    "an answer that is a number": (
+        {"multiple_choice_answer": 5}, "`multiple_choice_answer` is not a text: annotations[1] has 5",
+    ),
+    "half a pair": ({"multiple_choice_answer": "\udc00"}, 'annotations[1] has "\\udc00"'),
+    "half a pair in one answer": (
+        {"answers": [{"answer": "a"}, {"answer": "\ud800"}]},
+        '`answer` holds half a surrogate pair, which is no valid Unicode: annotations[1].answers[1] has "\\ud800"',
+    ),
+    "answers as one text": ({"answers": "red"}, '`answers` is not a list: annotations[1] has "red"'),
+    "an answer without its text": ({"answers": [{}, 3]}, "`answer` is missing: annotations[1].answers[0]"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", ANNOTATION_MISTAKES)
+def test_a_wrong_annotation_is_named_with_field_position_and_value(coco, mistake):
+    values, expected = ANNOTATION_MISTAKES[mistake]
+    edit(coco, VAL_ANNOTATIONS, lambda entries: entries[1].update(values))
+    problems = problems_of_making(coco)
+    assert any(expected in problem for problem in problems), problems
+    assert all(f"{VAL_ANNOTATIONS}: " in problem and problem.isprintable() for problem in problems)
+
+
+def test_one_wrong_field_hides_no_other(coco):
+    def spoil(entries):
+        entries[0].update(question_id="x", image_id=None, question=7)
+        entries[5].update(question_id="y")
+        entries[6].update(question="")
+
+    edit(coco, TEST_QUESTIONS, spoil)
+    edit(coco, TRAIN_QUESTIONS, update_first(question=" "))
+    before = f"{coco / 'vqa' / TEST_QUESTIONS}: "
+    assert problems_of_making(coco) == [
+        f'{coco / "vqa" / TRAIN_QUESTIONS}: `question` is blank: questions[0] has " "',
+        f"{coco / 'vqa' / TRAIN_ANNOTATIONS}: annotations of questions that {TRAIN_QUESTIONS} does not have; "
+        "question_id: 1000",
+        before + '`question_id` is not a whole number: questions[0] has "x", questions[5] has "y"',
+        before + "`image_id` is not a whole number: questions[0] has null",
+        before + "`question` is not a text: questions[0] has 7",
+        before + '`question` is blank: questions[6] has ""',
+    ]
+
+
+def test_what_is_written_just_short_of_the_limit_is_read(coco, monkeypatch):
+    """The maker's limit of a line is the reader's: the longest line that is written is read."""
+    make(coco)
+    longest = max(len(line) for line in lines(coco / "vqa.test.jsonl")) + 1
+    for module in (index_writing, index_table):
+        monkeypatch.setattr(module, "MAX_LINE_BYTES", longest)
+    edit(coco, TRAIN_QUESTIONS, update_all("question", lambda entry: "red"))
+    edit(coco, VAL_QUESTIONS, update_all("question", lambda entry: "red"))
+    make(coco)
+    assert len(VQAv2Dataset(coco, "test", None, vocab_size=88, num_answers=14)) == 84
+    for module in (index_writing, index_table):
+        monkeypatch.setattr(module, "MAX_LINE_BYTES", longest - 1)
+    assert "too long, as a line of the index" in problems_of_making(coco)[0]
+    with pytest.raises(InputError, match=r"vqa\.test\.jsonl:\d+: longer than"):
+        VQAv2Dataset(coco, "test", None, vocab_size=88, num_answers=14)
+
+
+def test_folders_and_pictures_that_are_links_are_followed(coco, tmp_path):
+    shutil.move(coco / "test2015", tmp_path / "disk")
+    (coco / "test2015").symlink_to(tmp_path / "disk")
+    picture = coco / "train2014" / "COCO_train2014_000000000001.jpg"
     shutil.move(picture, tmp_path / "elsewhere.jpg")
     picture.symlink_to(tmp_path / "elsewhere.jpg")
-    assert "COCO_test2015_000000000201.jpg is a link out of" in problems_of_making(coco)[0]
+    make(coco)
+    assert_as_expected(coco)
 
 
-def test_two_pictures_of_one_id_are_named(coco):
-    shutil.copy(coco / "test2015" / "COCO_test2015_000000000201.jpg", coco / "test2015" / "000000000201.jpg")
+def test_a_link_that_leads_nowhere_is_a_missing_picture(coco, tmp_path, capsys):
+    for name, target in (("1", "nothing.jpg"), ("2", "COCO_train2014_000000000002.jpg")):
+        picture = coco / "train2014" / f"COCO_train2014_{int(name):012d}.jpg"
+        picture.unlink()
+        picture.symlink_to(target)  # the second leads to itself
+    (coco / "train2014" / "COCO_train2014_000000000003.jpg").unlink()
+    (coco / "train2014" / "COCO_train2014_000000000003.jpg").mkdir()
+    make(coco)
+    assert "3 pictures are missing" in capsys.readouterr().out
+    with pytest.raises(InputError, match="folder of pictures missing"):
+        shutil.rmtree(coco / "test2015")
+        (coco / "test2015").symlink_to(tmp_path / "nothing")
+        make(coco)
+
+
+def test_pictures_may_lie_elsewhere(coco, tmp_path):
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for folder in ("train2014", "val2014", "test2015"):
+        shutil.move(coco / folder, pictures)
+    assert "train2014: folder of pictures missing" in problems_of_making(coco)[0]
+    make(coco, image_path=pictures)
+    assert_as_expected(coco)
+    assert sorted(path.name for path in pictures.iterdir()) == ["test2015", "train2014", "val2014"]
+
+
+def test_a_data_folder_that_cannot_be_written_to_is_told_before_anything_is_read(coco, monkeypatch):
+    # Tests may run as root, who may write anywhere.
+    monkeypatch.setattr(os, "access", lambda path, mode: not (Path(path) == coco and mode & os.W_OK))
+    monkeypatch.setattr(index_writing, "stream_array", None)
+    assert [problem.split(",")[0] for problem in problems_of_making(coco)] == [f"{coco}: cannot be written to"]
+
+
+@pytest.mark.parametrize("ending", ["jpeg", "JPG", "png", "Webp", "bmp", "gif", "tif", "TIFF", "avif"])
+def test_pictures_of_any_ending_are_found(coco, ending):
+    for picture in (coco / "val2014").iterdir():
+        picture.rename(picture.with_suffix(f".{ending}"))
+    make(coco)
+    assert images_of(coco / "vqa.val.jsonl") == {
+        path.replace(".jpg", f".{ending}") for path in images_of(EXPECTED / "vqa.val.jsonl")
+    }
+
+
+@pytest.mark.parametrize("other", ["000000000201.jpg", "COCO_test2015_000000000201.png", "x_201.TIFF"])
+def test_two_pictures_of_one_id_are_named(coco, other):
+    shutil.copy(coco / "test2015" / "COCO_test2015_000000000201.jpg", coco / "test2015" / other)
     problems = problems_of_making(coco)
-    assert "are both image 201; remove one" in problems[0]
+    assert len(problems) == 1 and "are both image 201; remove one" in problems[0]
+
+
+def test_a_picture_whose_name_is_not_utf8_is_named(coco):
+    (coco / "test2015" / os.fsdecode(b"\xff_777.jpg")).write_bytes(b"")
+    assert problems_of_making(coco) == [
+        f"{coco / 'test2015'}: the name of '\\udcff_777.jpg' is not UTF-8; rename the file"
+    ]
+
+
+def test_the_share_of_unknown_tokens_is_told(coco, capsys):
+    make(coco)
+    read = [json.loads(line)["text_segment"] for name in ("train", "val", "test", "test-dev")
+            for line in lines(EXPECTED / f"vqa.{name}.jsonl")]  # fmt: skip
+    tokens = sum(map(len, read))
+    share = 100 * sum(ids.count(3) for ids in read) / tokens
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert f"{share:.2f} % of {tokens} tokens are <unk>" in last and "WARNING" not in last
+    edit(coco, TRAIN_QUESTIONS, update_all("question", lambda entry: "ж" * 40 + "?"))
+    make(coco)
+    assert re.match(
+        r"  WARNING: \d+\.\d\d % of \d+ tokens are <unk>, above 5 %", capsys.readouterr().out.splitlines()[-1]
+    )
+
+
+def as_official(monkeypatch, **changes):
+    """Let the counts of mini_coco be the official ones, and the answers; `changes` by split."""
+    found = {"TRAIN": (236, 60, 60), "VAL": (121, 30, 30), "TEST": (84, 20, 20), "TEST_DEV": (28, 20, 20)}
+    for name, counts in {**found, **changes}.items():
+        split = getattr(vqa_index, name)
+        for field, count in zip(("num_questions", "num_pictures", "num_kept_pictures"), counts, strict=True):
+            monkeypatch.setitem(vars(split), field, count)
+    monkeypatch.setattr(vqa_index, "OFFICIAL_ANSWERS", (14, "square", 0))
+
+
+def test_the_counts_are_compared_with_the_official_ones(coco, monkeypatch, capsys):
+    as_official(monkeypatch)
+    make(coco)
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[1] == "  answer2label.txt: as many answers as in the official data, in their order"
+    assert printed.count("    as many as in the official data") == 4
+
+
+def test_what_is_short_of_the_official_counts_is_told(coco, monkeypatch, capsys):
+    as_official(monkeypatch, VAL=(130, 31, 30), TEST=(10**6, 20, 20), TEST_DEV=(27, 20, 20))
+    monkeypatch.setattr(vqa_index, "OFFICIAL_ANSWERS", (15, "net", 1))
+    (coco / "train2014" / "COCO_train2014_000000000001.jpg").unlink()
+    make(coco)
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[1] == (
+        '  answer2label.txt: unlike the official data: 14 answers, the first "square", 0 empty instead of 15 answers, '
+        'the first "net", 1 empty; released heads do not fit'
+    )
+    told = [line for line in printed[2:] if "official" in line]
+    assert told == [
+        "    unlike the official data: 59 pictures instead of 60, 59 pictures with a kept question instead of 60",
+        "    unlike the official data: 121 questions instead of 130, 30 pictures instead of 31",
+    ]  # and nothing of the test questions, whose numbers are those of other data
+
+
+def test_other_peoples_data_are_not_compared(coco, capsys):
+    make(coco)
+    assert "official" not in capsys.readouterr().out
 
 
 def test_what_is_no_picture_is_passed_over(coco):

@@ -35,7 +35,8 @@ class ImageTextDataset(Dataset[Item]):
     """What the data sets share: rows of an index table, their pictures and texts.
 
     table: has the columns "image_path" and, for `token_ids`, "text_segment". transform: see `Transform`.
-    num_max_bpe_tokens: length of the longest text, `<s>` and `</s>` included.
+    num_max_bpe_tokens: length of the longest text, `<s>` and `</s>` included. image_path: the folder that the pictures'
+    paths start from; None: data_path.
     """
 
     def __init__(
@@ -45,9 +46,11 @@ class ImageTextDataset(Dataset[Item]):
         transform: Transform,
         num_max_bpe_tokens: int = 64,
         seed: int = 0,
+        image_path: str | os.PathLike[str] | None = None,
     ):
         assert num_max_bpe_tokens >= 3, f"{num_max_bpe_tokens} tokens leave no room for text between <s> and </s>"
         self.data_path = os.fspath(data_path)
+        self.image_path = self.data_path if image_path is None else os.fspath(image_path)
         self.table, self.transform, self.num_max_bpe_tokens, self.seed = table, transform, num_max_bpe_tokens, seed
         # Training may go on without pictures that cannot be read; evaluation never does.
         self.skip_bad_images = False
@@ -107,13 +110,13 @@ class ImageTextDataset(Dataset[Item]):
         return functools.partial(collate_image_text, num_max_bpe_tokens=self.num_max_bpe_tokens)
 
     def image_paths(self) -> list[str]:
-        """The distinct pictures, relative to the data folder."""
+        """The distinct pictures, relative to `image_path`."""
         texts = self.table["image_path"].texts
         return [texts[number].tobytes().decode() for number in range(len(texts))]
 
     def load_image(self, row: int, column: str = "image_path") -> Tensor:
         """The transformed picture of a row, uint8 (3, H, W). Raises BadImageError naming file, row and index line."""
-        path = os.path.join(self.data_path, self.table[column][row])
+        path = os.path.join(self.image_path, self.table[column][row])
         try:
             return self.transform(path, (self.seed, self.epoch, row))
         except Exception as error:  # whatever decoders throw, and the transform belongs to the caller

@@ -6,6 +6,7 @@ Nothing here knows what a picture is for; `beit3.data.augmentation` turns decode
 from __future__ import annotations
 
 import io
+import logging
 import os
 import stat
 import warnings
@@ -18,7 +19,7 @@ import torch
 import torchvision  # noqa: F401  registers torch.ops.image
 from PIL import Image, ImageFile, UnidentifiedImageError, features
 
-from beit3.data import jpeg_warnings
+from beit3.data import decoder_warnings
 from beit3.data.picture_files import (
     FORMATS,
     HEAD,
@@ -75,7 +76,7 @@ def decode_image(path: str | os.PathLike[str], pixel_limit: int = PIXEL_LIMIT) -
         dropped, the orientation noted in EXIF is not applied (as in the original's loader; Pillow applies a TIFF's).
         One thing differs: of 16-bit grey pictures the high byte is taken, where older releases of Pillow clip nearly
         everything to white. A damaged JPEG that Pillow reads is read; what libjpeg said of it goes to the log, see
-        `beit3.data.jpeg_warnings`. Damage that libjpeg does not notice shows as wrong colours without a word.
+        `beit3.data.decoder_warnings`. Damage that libjpeg does not notice shows as wrong colours without a word.
 
     Raises:
         ImageError: the file is missing or no plain file, of none of these formats, over a limit, truncated or corrupt.
@@ -153,6 +154,7 @@ def _find_jpeg_decoder() -> Callable[[torch.Tensor, int, bool], torch.Tensor] | 
 _jpeg_decoder = _find_jpeg_decoder()
 # Pillow warns of harmless oddities (a wrong note in a TIFF) without naming a file; what is not harmless it raises.
 warnings.filterwarnings("ignore", module=r"PIL\.")
+logging.getLogger("PIL").setLevel(logging.CRITICAL)
 
 
 def _open_file(path: str | os.PathLike[str], byte_limit: int) -> io.FileIO:
@@ -180,6 +182,9 @@ def _decode(path: str | os.PathLike[str], file: io.FileIO, pixel_limit: int) -> 
         image = _open(path, format, source, pixel_limit)  # parses the header only
         if format == "JPEG" and image.mode in ("RGB", "L") and _jpeg_decoder is not None:
             return _decode_jpeg(path, data, image)
+        if format == "TIFF":  # libtiff writes to standard error too
+            with decoder_warnings.listen(path):
+                return _decode_with_pillow(image)
         return _decode_with_pillow(image)
     except ImageError:
         raise
@@ -246,15 +251,17 @@ def _open(path: str | os.PathLike[str], format: str, source: BinaryIO, pixel_lim
 def _decode_jpeg(path: str | os.PathLike[str], data: bytearray, image: Image.Image) -> torch.Tensor:
     """By torchvision; what that refuses and Pillow reads is read, as Pillow is what others load their pictures with."""
     assert _jpeg_decoder is not None
-    with jpeg_warnings.listen(path):
-        try:
-            return _jpeg_decoder(torch.frombuffer(data, dtype=torch.uint8), _RGB, False)
-        except RuntimeError as error:
-            refusal = error
     try:
-        return _decode_with_pillow(image)
+        with decoder_warnings.listen(path):
+            return _jpeg_decoder(torch.frombuffer(data, dtype=torch.uint8), _RGB, False)
+    except RuntimeError as error:
+        refusal = error
+    try:
+        pixels = _decode_with_pillow(image)
     except Exception:
         raise refusal from None  # its words say more
+    decoder_warnings.tell(path, [_first_line(refusal)])
+    return pixels
 
 
 def _decode_with_pillow(image: Image.Image) -> torch.Tensor:
@@ -266,7 +273,7 @@ def _decode_with_pillow(image: Image.Image) -> torch.Tensor:
     elif image.mode == "P" and "transparency" in image.info:
         pixels = np.array(image.convert("RGBA").convert("RGB"))  # same colours; Pillow warns about the direct way
     else:
-        pixels = np.array(image.convert("RGB"))
+        pixels = np.array(image if image.mode == "RGB" else image.convert("RGB"))  # converting would copy it
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
@@ -340,4 +347,7 @@ def _per_channel(value: float | Sequence[float], device: torch.device) -> float 
 def _first_line(error: Exception) -> str:
     """What a decoder said, without the source file that torchvision's messages begin with and without later lines."""
     text = str(error).strip().splitlines()
-    return (text[0].rsplit(".cpp", 1)[-1].lstrip(":0123456789, ") if text else "") or type(error).__name__
+    line = text[0] if text else ""
+    if ".cpp" in line:
+        line = line.rsplit(".cpp", 1)[-1].lstrip(":0123456789, ")
+    return line or type(error).__name__

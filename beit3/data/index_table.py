@@ -11,8 +11,9 @@ import json
 import os
 from array import array
 from bisect import bisect_right
-from collections import defaultdict
+from codecs import BOM_UTF8
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -240,11 +241,14 @@ class StringField:
 
 
 class PathField(StringField):
-    """A path relative to the data folder `root` and inside it, also after following links."""
+    """A path below the folder `root`, in the words of the index: links are followed wherever they lead.
+
+    An index cannot make links, only the owner of the folder can, who wants them: COCO on another disk, say.
+    """
 
     def __init__(self, name: str, root: str | os.PathLike[str]):
         super().__init__(name)
-        self.root = os.path.realpath(root)
+        self.root = os.fspath(root)
 
     def check_new(self, value: Any) -> None:
         super().check_new(value)
@@ -252,36 +256,18 @@ class PathField(StringField):
             raise ValueError(f"{value!r} must be relative to the data folder, without '..'")
 
     def problems(self) -> Iterator[Problem]:
-        """Look at each folder once, and at those files only that are links: start-up stays fast on slow disks."""
-        files_in: dict[str, list[tuple[str, int]]] = defaultdict(list)
+        """Look at each folder once, and at no file: start-up stays fast on slow disks."""
+        first: dict[str, int] = {}  # folder → number of its first picture
         for path, number in self.number_of.items():
-            folder, name = os.path.split(path)
-            files_in[folder].append((name, number))
-        bad: dict[int, str] = {}
-        for folder, files in files_in.items():
-            full = os.path.join(self.root, folder)
-            if not is_inside(self.root, full):
-                what = f"{folder} leads out of the data folder through a link; put the pictures themselves there"
-                bad.update((number, what) for _, number in files)
-            elif not os.path.isdir(full):
-                bad[files[0][1]] = f"the data folder {self.root} has no folder {folder!r}"
-            else:
-                with os.scandir(full) as entries:
-                    links = {entry.name for entry in entries if entry.is_symlink()}
-                for name, number in files:
-                    if name in links and not is_inside(self.root, os.path.join(full, name)):
-                        bad[number] = f"{folder}/{name} leads out of the data folder through a link"
+            first.setdefault(os.path.dirname(path), number)
+        missing = [folder for folder in first if not os.path.isdir(os.path.join(self.root, folder))]
         numbers = np.asarray(self.numbers)
-        for number, what in list(bad.items())[:MAX_LISTED]:
-            yield int(np.argmax(numbers == number)), f"{self.name}: {what}"
+        for folder in missing[:MAX_LISTED]:
+            row = int(np.argmax(numbers == first[folder]))
+            yield row, f"{self.name}: {self.root} has no folder {folder!r}; pictures are looked for there"
 
 
 Field = IntField | IntListField | ScoreListField | StringField
-
-
-def is_inside(root: str, path: str) -> bool:
-    """Whether `path` lies in the folder `root` (its real path), links followed."""
-    return os.path.commonpath([root, os.path.realpath(path)]) == root
 
 
 def read_index(
@@ -316,7 +302,11 @@ def read_index(
 
 
 class _Reader:
-    """Hands each line to the fields. A bad line gets a row as well, so that row and line number stay in step."""
+    """Hands each line to the fields. A bad line gets a row as well, so that row and line number stay in step.
+
+    A byte order mark at the start, "\\r\\n" and blank lines at the end are what editors add. A blank line between
+    others is refused: no editor adds one, so something was there, or lines are not what they seem.
+    """
 
     def __init__(self, fields: Sequence[Field]):
         self.fields = [(field.name, field) for field in fields]
@@ -328,14 +318,24 @@ class _Reader:
     def read(self, path: str) -> None:
         """Read a file; stops early where the problems fill an error message."""
         self.starts.append(self.num_rows)
+        blank_lines = 0  # since the last line that was not
         with open(path, "rb") as file:
-            while line := file.readline(MAX_LINE_BYTES + 1):
+            for number, line in enumerate(iter(partial(file.readline, MAX_LINE_BYTES + 1), b"")):
+                content = line.removeprefix(BOM_UTF8) if number == 0 else line
+                if not content.strip() and len(line) <= MAX_LINE_BYTES:
+                    self.digest.update(line)
+                    blank_lines += 1
+                    continue
+                for _ in range(min(blank_lines, MAX_LISTED)):
+                    self.add_blank_row("not JSON: a blank line between others; take it out")
+                blank_lines = 0
+                if len(self.problems) >= MAX_LISTED:
+                    return
                 if len(line) > MAX_LINE_BYTES:
-                    self.problems.append((self.num_rows, f"longer than {MAX_LINE_BYTES} bytes; not read further"))
-                    self.add_blank_row()
+                    self.add_blank_row(f"longer than {MAX_LINE_BYTES} bytes; not read further")
                     return
                 self.digest.update(line)
-                self.add_line(line)
+                self.add_line(content)
                 if len(self.problems) >= MAX_LISTED:
                     return
 
@@ -343,13 +343,10 @@ class _Reader:
         try:
             entry = json.loads(line.decode("utf-8"))
         except (ValueError, RecursionError) as error:
-            entry = None
-            self.problems.append((self.num_rows, f"not JSON: {error}"))
-        else:
-            if type(entry) is not dict:
-                self.problems.append((self.num_rows, f"a JSON object expected, found {_shorten(entry)}"))
+            self.add_blank_row(f"not JSON: {error}")
+            return
         if type(entry) is not dict:
-            self.add_blank_row()
+            self.add_blank_row(f"a JSON object expected, found {_shorten(entry)}")
             return
         for name, field in self.fields:
             try:
@@ -362,7 +359,8 @@ class _Reader:
                 field.add_blank()
         self.num_rows += 1
 
-    def add_blank_row(self) -> None:
+    def add_blank_row(self, problem: str) -> None:
+        self.problems.append((self.num_rows, problem))
         for _, field in self.fields:
             field.add_blank()
         self.num_rows += 1

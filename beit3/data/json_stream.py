@@ -14,19 +14,22 @@ CHUNK = 1 << 20  # characters read at a time
 MARGIN = 1 << 14  # characters of the window's end where an element may be cut off, so more is read first
 MAX_VALUE = 1 << 26  # characters of one element; the largest of VQA v2 and COCO have a few thousand
 
+OnCharacters = Callable[[int], object]  # told how many characters were read since it was last told
+
 _skip_space = re.compile(r"[ \t\n\r]*").match
 _decode = json.JSONDecoder().raw_decode
 _scan = json.JSONDecoder().scan_once  # type: ignore[attr-defined]  # the same without a layer of Python
 
 
 def stream_array(
-    path: str | os.PathLike[str], key: str, on_characters: Callable[[int], object] | None = None
+    path: str | os.PathLike[str], key: str, on_characters: OnCharacters | None = None, required: bool = True
 ) -> Iterator[Any]:
     """Yield the elements of the array that the top-level object in `path` holds under `key`.
 
     Only a window of the file is in memory, whatever the order of the object's other keys. `on_characters` is told the
     number of characters after each read, for progress bars. Raises InputError for a file that is not UTF-8, not
-    JSON, cut off, or has no such array; a mistake behind the array is found after its last element was yielded.
+    JSON, cut off, or, where it is `required`, has no such array; a mistake behind the array is found after its last
+    element was yielded.
     """
     with open(path, encoding="utf-8-sig") as file:
         window = _Window(file, os.fspath(path), on_characters)
@@ -45,14 +48,14 @@ def stream_array(
             else:
                 window.value()
             closing = window.take(",}", "a comma or the end of the object") == "}"
-    if not found:
+    if required and not found:
         raise InputError(f'{path}: has no "{key}"; is it the file that its name says?')
 
 
 class _Window:
     """The part of the file that is being parsed, and the place reached in it."""
 
-    def __init__(self, file: IO[str], path: str, on_characters: Callable[[int], object] | None):
+    def __init__(self, file: IO[str], path: str, on_characters: OnCharacters | None):
         self.file, self.path, self.on_characters = file, path, on_characters
         self.text = ""
         self.at = 0

@@ -7,6 +7,7 @@ minutes or gigabytes though its picture is small. Each raises ValueError with wh
 from __future__ import annotations
 
 import re
+import struct
 import zlib
 from collections.abc import Mapping
 from typing import Any, BinaryIO, Literal
@@ -19,6 +20,7 @@ HEADER_LIMIT = 1 << 24  # bytes before the pixels of a JPEG or GIF; profiles and
 SCAN_LIMIT = 50  # passes over a JPEG's pixels; real progressive files have about 10, each costs a pass of the decoder
 TAG_LIMIT = 1_000_000  # values of one numeric TIFF tag; a strip per row needs 65,535
 
+_SCANNED_PIXELS = 10**9  # scans x pixels: 20 scans of the largest picture that is read take some three seconds
 _JUNK_LIMIT = 1 << 16  # bytes between a JPEG's segments: Pillow passes over them one by one
 _SEGMENT_LIMIT = 2000  # a colour profile has up to 255, ten megabytes of notes have 160
 _CHUNK_LIMIT = 100_000  # of a PNG; at the usual 8 KiB each, more than the largest file that is read
@@ -54,6 +56,7 @@ _STRANGERS = {
 _JPEG_MARKER = re.compile(rb"\xff([\x01-\xfe])", re.DOTALL)
 _JPEG_MARKER_IN_PIXELS = re.compile(rb"\xff([\x01-\xcf\xd8-\xfe])", re.DOTALL)  # restarts belong to the pixels
 _FRAME_MARKERS = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # each kind of frame; the others are tables
+_FRAME_SIZE = struct.Struct(">HH")
 _START_OF_SCAN, _END_OF_IMAGE = 0xDA, 0xD9
 _TAG_SIZES = {3: 2, 4: 4, 5: 8, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}  # bytes of numeric types
 _POINTER_TAGS = {34665, 34853, 40965}  # to further directories: EXIF, GPS, interoperability
@@ -83,39 +86,42 @@ def check_jpeg(data: bytearray | bytes) -> tuple[int, int, bool]:
 
     Layout (ITU T.81): segments of 0xFF, a marker, two bytes of length and content; then scans of pixels.
     """
-    size, position, junk, segments = (0, 0, False), 2, 0, 0
+    size, components, position, junk, segments = (0, 0, False), 0, 2, 0, 0
     while True:
         found = _JPEG_MARKER.search(data, position, position + _JUNK_LIMIT)
         if found is None and len(data) - position < _JUNK_LIMIT:
             raise CutOff("its header goes on beyond its end")
         junk += found.start() - position if found else _JUNK_LIMIT
         if found is None or junk >= _JUNK_LIMIT:
-            raise ValueError(f"{junk} or more bytes that mean nothing in its header")
+            raise ValueError(f"its header has {junk} or more bytes that mean nothing")
         marker, position, segments = found[1][0], found.end(), segments + 1
         if position > HEADER_LIMIT or segments > _SEGMENT_LIMIT:
             raise ValueError(f"a header of more than {HEADER_LIMIT} bytes or {_SEGMENT_LIMIT} segments")
         if marker == _START_OF_SCAN:
             break
         if marker in _FRAME_MARKERS:
-            height, width = (int.from_bytes(data[position + at : position + at + 2], "big") for at in (3, 5))
+            height, width = _FRAME_SIZE.unpack(data[position + 3 : position + 7].ljust(4, b"\0"))
             size = width, height, marker & 3 == 2
+            components = data[position + 7] if position + 7 < len(data) else 0
         if marker != 1 and not 0xD0 <= marker <= 0xD9:  # these have no content
             position += max(2, int.from_bytes(data[position : position + 2], "big"))
-    if data.count(b"\xff\xda", position) >= SCAN_LIMIT:  # quick; what lies behind the picture counts here too
-        _count_scans(data, position)
+    several = size[2] or data[position + 2 : position + 3] != bytes([components])  # else decoders stop after one scan
+    limit = min(SCAN_LIMIT, max(20, _SCANNED_PIXELS // max(1, size[0] * size[1])))
+    if several and data.count(b"\xff\xda", position) >= limit:  # what lies behind the picture counts here too
+        _count_scans(data, position, limit)
     return size
 
 
-def _count_scans(data: bytearray | bytes, position: int) -> None:
-    """Raises ValueError if a JPEG whose first scan begins at `position` has more than `SCAN_LIMIT`."""
+def _count_scans(data: bytearray | bytes, position: int, limit: int) -> None:
+    """Raises ValueError if a JPEG whose first scan begins at `position` has more than `limit` of them."""
     scans, segments = 1, 0
-    while scans <= SCAN_LIMIT and segments <= _SEGMENT_LIMIT:
+    while scans <= limit and segments <= _SEGMENT_LIMIT:
         found = _JPEG_MARKER_IN_PIXELS.search(data, position)
         if found is None or found[1][0] == _END_OF_IMAGE:
             return
         scans, segments, position = scans + (found[1][0] == _START_OF_SCAN), segments + 1, found.end()
         position += int.from_bytes(data[position : position + 2], "big")
-    raise ValueError(f"more than {SCAN_LIMIT} scans; progressive pictures have about 10")
+    raise ValueError(f"more than {limit} scans; progressive pictures have about 10")
 
 
 def check_png(data: bytearray) -> None:

@@ -10,11 +10,13 @@ Gives what `XLMRobertaTokenizer` of transformers 4.57 gives, without needing tra
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
+from numbers import Integral
 from typing import Any
 
 import sentencepiece
@@ -86,11 +88,6 @@ class Tokenizer:
                 pieces.append(name)
         return "".join(pieces).replace(_SPACE_MARK, " ").strip()
 
-    def segment(self, ids: Sequence[int], max_tokens: int) -> list[int]:
-        """`<s>`, the first `max_tokens` - 2 ids, `</s>`: what the model reads, before padding."""
-        assert max_tokens >= 2, f"{max_tokens} tokens leave no room for <s> and </s>"
-        return [BOS_ID, *ids[: max_tokens - 2], EOS_ID]
-
     def _encode_plain(self, texts: list[str]) -> list[list[int]]:
         """Ids of texts, special tokens written in them taken as ordinary characters."""
         try:
@@ -131,11 +128,25 @@ def as_batch_encoder(tokenizer: Any) -> BatchEncoder:
         if _same_vocabulary(ours, tokenizer):
             return ours.encode_batch
     if callable(getattr(tokenizer, "tokenize", None)) and callable(getattr(tokenizer, "convert_tokens_to_ids", None)):
-        return lambda texts: [list(tokenizer.convert_tokens_to_ids(tokenizer.tokenize(text))) for text in texts]
+        return functools.partial(_encode_by, tokenizer)
     raise InputError(
         f'tokenizer: cannot tokenize with a {type(tokenizer).__name__}; give XLMRobertaTokenizer("…/beit3.spm") of '
         "transformers 4, or the path of beit3.spm itself"
     )
+
+
+def _encode_by(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    """The ids that a tokenizer of the user's gives, text by text. Raises ValueError where they are no token ids."""
+    encoded = [list(tokenizer.convert_tokens_to_ids(tokenizer.tokenize(text))) for text in texts]
+    for text, ids in zip(texts, encoded, strict=True):
+        wrong = [number for number in ids if not _is_token_id(number)]
+        if wrong:
+            raise ValueError(f"the tokenizer gives {text!r:.80} the id {wrong[0]!r}; wanted whole numbers from 0 on")
+    return [list(map(int, ids)) for ids in encoded]  # numpy's numbers print in another way
+
+
+def _is_token_id(number: Any) -> bool:
+    return isinstance(number, Integral) and not isinstance(number, bool) and 0 <= int(number) < 1 << 31
 
 
 def _is_plain_xlm_roberta(tokenizer: Any) -> bool:

@@ -30,12 +30,12 @@ class CaptioningDataset(ImageTextDataset):
     source: "coco_captioning" or "nocaps" (which has no training split of its own).
     vocab_size, mask_id: of the tokenizer; by default its last id is `<mask>`. mask_prob: share of a caption's tokens
     that are hidden, 0-1. captions_per_image: a row is a picture with up to that many of its captions, each caption in
-    one row; 1: a row is a line of the index.
+    one row; 1: a row is a line of the index. image_path: holds the pictures; None: data_path does.
     Raises InputError listing the bad lines of the index, each with file and line.
     """
 
     SPLITS = {  # noqa: RUF012  never changed
-        captioning_index.COCO: captioning_index.SPLITS,
+        captioning_index.COCO: captioning_index.COCO_SPLITS,
         captioning_index.NOCAPS: tuple(captioning_index.NOCAPS_FILES),
     }
 
@@ -52,6 +52,7 @@ class CaptioningDataset(ImageTextDataset):
         mask_prob: float = 0.6,
         captions_per_image: int = 1,
         seed: int = 0,
+        image_path: str | os.PathLike[str] | None = None,
     ):
         if split not in self.SPLITS[source]:
             raise InputError(f"{source} has no split {split!r}; there are {', '.join(self.SPLITS[source])}")
@@ -64,13 +65,13 @@ class CaptioningDataset(ImageTextDataset):
         table = read_index(
             [Path(data_path) / captioning_index.index_file(source, split)],
             [
-                PathField("image_path", data_path),
+                PathField("image_path", data_path if image_path is None else image_path),
                 TokenField("text_segment", vocab_size, optional=not self.has_text),
                 IntField("image_id"),
             ],
             how_to_make=f"CaptioningDataset.{maker[source]} in a Python shell makes it",
         )
-        super().__init__(data_path, table, transform, num_max_bpe_tokens, seed)
+        super().__init__(data_path, table, transform, num_max_bpe_tokens, seed, image_path)
         self.vocab_size, self.mask_prob = vocab_size, mask_prob
         self.mask_id = vocab_size - 1 if mask_id is None else mask_id
         self.lines = None  # of the index that belong to each row; None: line and row are the same
@@ -108,7 +109,10 @@ class CaptioningDataset(ImageTextDataset):
 
     @staticmethod
     def make_coco_captioning_dataset_index(
-        data_path: str | os.PathLike[str], tokenizer: Any, progress: bool | None = None
+        data_path: str | os.PathLike[str],
+        tokenizer: Any,
+        progress: bool | None = None,
+        image_path: str | os.PathLike[str] | None = None,
     ) -> None:
         """Write the index files of COCO captioning into `data_path`, all or none of them.
 
@@ -117,22 +121,27 @@ class CaptioningDataset(ImageTextDataset):
 
         data_path: holds Karpathy's `dataset_coco.json` and the COCO pictures in `train2014/` and `val2014/`; only
         pictures that are there are indexed. tokenizer: see `beit3.data.tokenizer.as_batch_encoder`; the path of
-        beit3.spm does as well. progress: show a bar; None: on a terminal only.
+        beit3.spm does as well. progress: show a bar; None: on a terminal only. image_path: holds the pictures'
+        folders, which may lie on a disk that is only read; None: data_path does.
 
         Writes `coco_captioning.{train,val,test}.jsonl` and, for the scores, the captions people wrote as
         `coco_captioning.{val,test}.references.json` in COCO's format; prints what was written and what left out.
         Raises InputError listing what is missing or wrong; nothing is written then.
         """
-        captioning_index.make_coco_captioning_index(data_path, tokenizer, progress)
+        captioning_index.make_coco_captioning_index(data_path, tokenizer, progress, image_path)
 
     @staticmethod
-    def make_nocaps_captioning_dataset_index(data_path: str | os.PathLike[str], progress: bool | None = None) -> None:
+    def make_nocaps_captioning_dataset_index(
+        data_path: str | os.PathLike[str],
+        progress: bool | None = None,
+        image_path: str | os.PathLike[str] | None = None,
+    ) -> None:
         """Write the index files of nocaps, `nocaps.{val,test}.jsonl`, into `data_path`, both or none.
 
         data_path: holds `nocaps_val_4500_captions.json`, `nocaps_test_image_info.json` and the pictures in `val/` and
         `test/`. Otherwise as `make_coco_captioning_dataset_index`, which makes the training data.
         """
-        captioning_index.make_nocaps_index(data_path, progress)
+        captioning_index.make_nocaps_index(data_path, progress, image_path)
 
 
 def _lines_by_picture(pictures: np.ndarray, most: int) -> RaggedArray:

@@ -8,29 +8,40 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
-from itertools import islice
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
-from beit3.data.index_table import is_inside
+from beit3.data.index_writing import (
+    Findings,
+    Pictures,
+    TokenCount,
+    beside_official,
+    is_nearly,
+    missing_inputs,
+    print_summary,
+    progress_bar,
+    shown,
+    tokenized,
+    wrong_id,
+    wrong_path,
+)
+from beit3.data.json_stream import OnCharacters
 from beit3.data.tokenizer import BatchEncoder, as_batch_encoder
 from beit3.system.atomic_files import atomic_writes
 from beit3.system.errors import InputError
-from tasks.captioning.references import coco_ground_truths
-from tasks.vqav2.index import Findings
+from tasks.captioning.references import KarpathyImage, as_coco, captions_of, karpathy_images
 
 COCO, NOCAPS = "coco_captioning", "nocaps"  # what the index files are named after
+COCO_SPLITS = ("train", "val", "test")
 KARPATHY_FILE = "dataset_coco.json"
+KARPATHY_COUNTS = {"train": 113287, "val": 5000, "test": 5000}  # images in it, restval counted with train
 NOCAPS_FILES = {"val": "nocaps_val_4500_captions.json", "test": "nocaps_test_image_info.json"}
-SPLIT_OF = {"train": "train", "restval": "train", "val": "val", "test": "test"}  # Karpathy's name → ours
-SPLITS = ("train", "val", "test")
-BATCH = 4096  # captions tokenized at a time
+NOCAPS_IMAGE = {"id": wrong_id, "file_name": wrong_path}  # what is wrong with the fields of an image
 
-Progress = Callable[[int], object]
+CAPTION = itemgetter(2)  # of a _Row
 
 
 def index_file(source: str, split: str) -> str:
@@ -43,14 +54,20 @@ def ground_truth_file(split: str) -> str:
     return f"{COCO}.{split}.references.json"
 
 
-def make_coco_captioning_index(data_path: str | os.PathLike[str], tokenizer: Any, progress: bool | None = None) -> None:
+def make_coco_captioning_index(
+    data_path: str | os.PathLike[str],
+    tokenizer: Any,
+    progress: bool | None = None,
+    image_path: str | os.PathLike[str] | None = None,
+) -> None:
     """Write `coco_captioning.{train,val,test}.jsonl` and the ground truth of val and test into `data_path`.
 
     See `datasets.CaptioningDataset.make_coco_captioning_dataset_index`, which is how users call it.
     """
     data = Path(data_path)
-    source = data / KARPATHY_FILE
-    problems = _missing(data, {source: "get Karpathy's split (caption_datasets.zip) and unpack it there"})
+    source, pictures = data / KARPATHY_FILE, Pictures(data if image_path is None else Path(image_path))
+    remedy = "get Karpathy's split (caption_datasets.zip) and unpack it there"
+    problems = missing_inputs([data, pictures.root], {source: remedy}, data)
     try:
         encode = as_batch_encoder(tokenizer)
     except InputError as error:
@@ -58,64 +75,57 @@ def make_coco_captioning_index(data_path: str | os.PathLike[str], tokenizer: Any
     if problems:
         raise InputError(problems)
 
-    findings, pictures = Findings(), Pictures(data)
-    counts = {split: Count() for split in SPLITS}
-    names = [index_file(COCO, split) for split in SPLITS] + [ground_truth_file(split) for split in ("val", "test")]
-    targets = [data / name for name in names]
-    with _progress_bar("COCO captioning index", [source], progress) as bar, atomic_writes(targets) as files:
+    findings, tokens = Findings(), TokenCount()
+    counts = {split: Count() for split in COCO_SPLITS}
+    truths: dict[str, list[KarpathyImage]] = {"val": [], "test": []}
+    names = [index_file(COCO, split) for split in COCO_SPLITS] + [ground_truth_file(split) for split in truths]
+    with (
+        progress_bar("COCO captioning index", [source], progress) as bar,
+        atomic_writes([data / name for name in names]) as files,
+    ):
         file_of = dict(zip(names, files, strict=True))
-        images = _karpathy_images(source, findings, bar.update)
-        kept = (image for image in images if pictures.has(image.path, findings, counts[image.split]))
-        for split, line in _lines(kept, source, encode, findings, counts):
+        images = _noted(karpathy_images(source, findings, bar.update), truths)
+        rows = _rows(images, pictures, counts)
+        for split, line in _lines(rows, source, encode, findings, tokens):
+            counts[split].lines += 1
             file_of[index_file(COCO, split)].write(line)
-        pictures.note_problems(findings)
-        findings.raise_any()
-        for split, count in counts.items():
-            if not count.lines:
-                findings.note(f"{source}: no image left of the split {split!r}; pictures missing", count.missing)
-        findings.raise_any()
-        truths = coco_ground_truths(source, ["val", "test"])
+        _raise_findings(findings, pictures, dict.fromkeys(counts, source), counts)
         for split, truth in truths.items():
-            json.dump(truth, file_of[ground_truth_file(split)], ensure_ascii=False)
-    _print_summary(data, COCO, counts)
+            file_of[ground_truth_file(split)].write(json.dumps(as_coco(truth, split), ensure_ascii=False))
+    print_summary(f"{COCO} index written to {data}", _summary_lines(COCO, counts), tokens)
 
 
-def make_nocaps_index(data_path: str | os.PathLike[str], progress: bool | None = None) -> None:
+def make_nocaps_index(
+    data_path: str | os.PathLike[str],
+    progress: bool | None = None,
+    image_path: str | os.PathLike[str] | None = None,
+) -> None:
     """Write `nocaps.{val,test}.jsonl` into `data_path`.
 
     See `datasets.CaptioningDataset.make_nocaps_captioning_dataset_index`, which is how users call it.
     """
     data = Path(data_path)
+    pictures = Pictures(data if image_path is None else Path(image_path))
     sources = {split: data / name for split, name in NOCAPS_FILES.items()}
-    problems = _missing(data, dict.fromkeys(sources.values(), "get it from https://nocaps.org/download"))
-    if problems:
+    remedies = dict.fromkeys(sources.values(), "get it from https://nocaps.org/download")
+    if problems := missing_inputs([data, pictures.root], remedies, data):
         raise InputError(problems)
-    findings, pictures = Findings(), Pictures(data)
+    findings = Findings()
     counts = {split: Count() for split in sources}
     targets = [data / index_file(NOCAPS, split) for split in sources]
-    with _progress_bar("nocaps index", sources.values(), progress) as bar, atomic_writes(targets) as files:
+    with progress_bar("nocaps index", sources.values(), progress) as bar, atomic_writes(targets) as files:
         for file, (split, source) in zip(files, sources.items(), strict=True):
-            for image in _nocaps_images(source, split, findings, bar.update):
-                if pictures.has(image.path, findings, counts[split]):
-                    counts[split].add(lines=1)
-                    file.write(_line(image.path, None, image.id))
-        pictures.note_problems(findings)
-        findings.raise_any()
-        for split, count in counts.items():
-            if not count.lines:
-                findings.note(f"{sources[split]}: no image left; pictures missing", count.missing)
-        findings.raise_any()
-    _print_summary(data, NOCAPS, counts)
-
-
-@dataclass(frozen=True)
-class _Image:
-    """An image of the annotation file: `split` is ours, `path` relative to the data folder."""
-
-    split: str
-    path: str
-    id: int
-    captions: list[str]
+            for image_id, path, place in _nocaps_images(source, split, findings, bar.update):
+                if (found := pictures.find(path)) is None:
+                    counts[split].missing += 1
+                    continue
+                line = _line(found, None, image_id)
+                if findings.check_line(line, source, place):
+                    counts[split].lines += 1
+                    counts[split].images += 1
+                    file.write(line)
+        _raise_findings(findings, pictures, sources, counts)
+    print_summary(f"{NOCAPS} index written to {data}", _summary_lines(NOCAPS, counts))
 
 
 @dataclass
@@ -126,127 +136,41 @@ class Count:
     images: int = 0
     missing: int = 0  # images whose picture is not on the disk
 
-    def add(self, lines: int) -> None:
-        self.lines += lines
-        self.images += 1
+
+_Row = tuple[KarpathyImage, str, str | None]  # image, its picture relative to the folder of pictures, caption
 
 
-@dataclass
-class Pictures:
-    """Which pictures are on the disk. Each folder is listed once: asking for every file is slow on network disks."""
-
-    data: Path
-    names: dict[str, set[str] | None] = field(default_factory=dict)  # folder → its files, None: cannot be used
-    links: dict[str, set[str]] = field(default_factory=dict)  # folder → links out of the data folder
-    used: set[str] = field(default_factory=set)  # folders of pictures that were found
-    problems: list[str] = field(default_factory=list)
-
-    def has(self, path: str, findings: Findings, count: Count) -> bool:
-        """Whether the picture is there and may be read; counts it if it is not there."""
-        folder, name = os.path.split(path)
-        if folder not in self.names:
-            self.names[folder] = self._list(folder)
-        names = self.names[folder]
-        if names is None or name not in names:
-            count.missing += 1
-            return False
-        self.used.add(folder)
-        if name in self.links[folder]:
-            what = f"{self.data / folder}: links out of {self.data}, which reading refuses; copy the files"
-            findings.note(what, name)
-            return False
-        return True
-
-    def note_problems(self, findings: Findings) -> None:
-        """Hand over what is wrong with the folders themselves."""
-        findings.broken_files += self.problems
-        for folder, names in self.names.items():
-            if names is not None and folder not in self.used:
-                findings.broken_files.append(f"{self.data / folder}: none of the pictures wanted is in it")
-
-    def _list(self, folder: str) -> set[str] | None:
-        path, root = self.data / folder, os.path.realpath(self.data)
-        if not path.is_dir():
-            self.problems.append(f"{path}: folder of pictures missing; put the pictures of {folder} there")
-        elif not is_inside(root, os.fspath(path)):
-            self.problems.append(f"{path}: leads out of {self.data} through a link, which reading refuses")
-        else:
-            with os.scandir(path) as entries:
-                linked = {entry.name: entry.is_symlink() for entry in entries}
-            self.links[folder] = {
-                name for name, is_link in linked.items() if is_link and not is_inside(root, os.fspath(path / name))
-            }
-            return set(linked)
-        return None
+def _noted(images: Iterable[KarpathyImage], truths: dict[str, list[KarpathyImage]]) -> Iterator[KarpathyImage]:
+    """Yield the images as they come; those whose captions are scored against are kept in `truths` on the way."""
+    for image in images:
+        if image.split in truths:
+            truths[image.split].append(image)
+        yield image
 
 
-def _karpathy_images(source: Path, findings: Findings, progress: Progress) -> Iterator[_Image]:
-    """Yield the sound images of `dataset_coco.json`; note what is wrong with others."""
-    seen: set[int] = set()
-    for position, entry in enumerate(findings.stream(source, "images", progress)):
-        try:
-            cocoid, split, folder, name = (entry[key] for key in ("cocoid", "split", "filepath", "filename"))
-            captions = [sentence["raw"] for sentence in entry.get("sentences") or ()]
-            typed = type(cocoid) is int and {str}.issuperset(map(type, [split, folder, name, *captions]))
-        except (KeyError, TypeError, AttributeError):
-            typed = False
-        if not typed:
-            findings.note(f"{source}: not an image of Karpathy's split; number in the file, from 0", position)
+def _rows(images: Iterable[KarpathyImage], pictures: Pictures, counts: dict[str, Count]) -> Iterator[_Row]:
+    """Yield the rows of all indexes, of images whose picture is there: one per caption in training, else per image."""
+    for image in images:
+        path = pictures.find(f"{image.folder}/{image.name}")
+        if path is None:
+            counts[image.split].missing += 1
             continue
-        if cocoid in seen:
-            findings.note(f"{source}: more than one image has this cocoid", cocoid)
-        elif split not in SPLIT_OF:
-            findings.note(f"{source}: the split of an image is none of {', '.join(SPLIT_OF)}; cocoid", cocoid)
-        elif not captions:
-            findings.note(f"{source}: image without sentences; cocoid", cocoid)
-        elif not all(caption.strip() for caption in captions):
-            findings.note(f"{source}: image with an empty caption; cocoid", cocoid)
-        elif _is_unsafe(f"{folder}/{name}"):
-            findings.note(f"{source}: filepath or filename leads out of the data folder; cocoid", cocoid)
-        else:
-            yield _Image(SPLIT_OF[split], f"{folder}/{name}", cocoid, captions)
-        seen.add(cocoid)
-
-
-def _nocaps_images(source: Path, split: str, findings: Findings, progress: Progress) -> Iterator[_Image]:
-    """Yield the sound images of an annotation file of nocaps; note what is wrong with others."""
-    seen: set[int] = set()
-    for position, entry in enumerate(findings.stream(source, "images", progress)):
-        try:
-            image_id, name = entry["id"], entry["file_name"]
-        except (KeyError, TypeError):
-            image_id = name = None
-        if type(image_id) is not int or type(name) is not str:
-            findings.note(f"{source}: not an image of nocaps; number in the file, from 0", position)
-            continue
-        if image_id in seen:
-            findings.note(f"{source}: more than one image has this id", image_id)
-        elif _is_unsafe(f"{split}/{name}"):
-            findings.note(f"{source}: file_name leads out of the data folder; id", image_id)
-        else:
-            yield _Image(split, f"{split}/{name}", image_id, [])
-        seen.add(image_id)
+        counts[image.split].images += 1
+        captions = image.captions if image.split == "train" else [None]
+        yield from ((image, path, caption) for caption in captions)
 
 
 def _lines(
-    images: Iterable[_Image], source: Path, encode: BatchEncoder, findings: Findings, counts: dict[str, Count]
+    rows: Iterator[_Row], source: Path, encode: BatchEncoder, findings: Findings, tokens: TokenCount
 ) -> Iterator[tuple[str, str]]:
-    """Yield (split, line): one per caption in training, one per image else, in the order of the file."""
-    rows = ((image, caption) for image in images for caption in (image.captions if image.split == "train" else [None]))
-    images_seen: set[int] = set()
-    while batch := list(islice(rows, BATCH)):
-        try:
-            encoded = iter(encode([caption for _, caption in batch if caption is not None]))
-        except ValueError as error:
-            raise InputError(f"{source}: {error}") from error
-        for image, caption in batch:
-            ids = None if caption is None else next(encoded)
-            if ids == []:
-                findings.note(f"{source}: image with an empty caption; cocoid", image.id)
-            counts[image.split].lines += 1
-            counts[image.split].images += image.id not in images_seen
-            images_seen.add(image.id)
-            yield image.split, _line(image.path, ids, image.id)
+    """Yield (split, line) in the order of the file; note captions that make no line."""
+    for (image, path, caption), ids in tokenized(rows, CAPTION, encode, tokens, source):
+        line = _line(path, ids, image.id)
+        if ids == []:
+            what = f"{source}: the tokenizer leaves nothing of a caption"
+            findings.note(what, f"{image.place} has {shown(caption)}")
+        elif findings.check_line(line, source, image.place):
+            yield image.split, line
 
 
 def _line(path: str, ids: list[int] | None, image_id: int) -> str:
@@ -255,28 +179,47 @@ def _line(path: str, ids: list[int] | None, image_id: int) -> str:
     return f'{{"image_path": {json.dumps(path)}, "text_segment": {text}, "image_id": {image_id}}}\n'
 
 
-def _is_unsafe(path: str) -> bool:
-    return os.path.isabs(path) or "\0" in path or not {"", ".", ".."}.isdisjoint(path.split("/"))
+def _nocaps_images(
+    source: Path, split: str, findings: Findings, on_characters: OnCharacters
+) -> Iterator[tuple[int, str, str]]:
+    """Yield (id, path of the picture, place) of the sound images of a file of nocaps; note what is wrong with others.
+
+    Where the file has captions too, they are what validation is scored against, so they are looked at as well.
+    """
+    place_of: dict[Any, str] = {}
+    for position, entry in enumerate(findings.stream(source, "images", on_characters)):
+        place = f"images[{position}]"
+        right = findings.check_fields(source, place, entry, NOCAPS_IMAGE)
+        image_id: Any = entry.get("id") if type(entry) is dict else None
+        if wrong_id(image_id):
+            continue
+        if place_of.setdefault(image_id, place) != place:
+            findings.note(f"{source}: `id` of another image", f"{place} has {image_id}, as {place_of[image_id]}")
+        elif right:
+            yield image_id, f"{split}/{entry['file_name']}", place
+    if not findings.broken_files and (captions := list(findings.stream(source, "annotations", required=False))):
+        captions_of(source, place_of, captions, findings)
 
 
-def _missing(data: Path, files: dict[Path, str]) -> list[str]:
-    """What is not there: the data folder, and files, each with where to get it."""
-    if not data.is_dir():
-        return [f"{data}: no such folder"]
-    return [f"{file}: missing; {remedy}" for file, remedy in files.items() if not file.is_file()]
+def _raise_findings(findings: Findings, pictures: Pictures, sources: dict[str, Path], counts: dict[str, Count]) -> None:
+    """Raise all that was found; splits that would be empty where nothing else is wrong. sources: file of each split."""
+    pictures.note_problems(findings)
+    findings.raise_any()
+    for split, count in counts.items():
+        if not count.lines:
+            what = f"{sources[split]}: no image left of the split {split!r}; pictures missing"
+            findings.note(what, count.missing)
+    findings.raise_any()
 
 
-def _progress_bar(what: str, files: Iterable[Path], progress: bool | None) -> Any:
-    """A bar over the bytes of the files; `progress` None: on a terminal only."""
-    total = sum(file.stat().st_size for file in files)
-    hidden = None if progress is None else not progress
-    return tqdm(total=total, unit="B", unit_scale=True, desc=what, disable=hidden)
-
-
-def _print_summary(data: Path, source: str, counts: dict[str, Count]) -> None:
-    print(f"{source} index written to {data}")
+def _summary_lines(source: str, counts: dict[str, Count]) -> Iterator[str]:
+    in_file = sum(count.images + count.missing for count in counts.values())
+    official = source == COCO and is_nearly(in_file, sum(KARPATHY_COUNTS.values()))
     for split, count in counts.items():
         what = f"{count.lines} captions of {count.images} images" if split == "train" else f"{count.lines} images"
         left_out = f"; {count.missing} images left out, their pictures are missing" if count.missing else ""
         truth = f" (their captions: {ground_truth_file(split)})" if source == COCO and split != "train" else ""
-        print(f"  {index_file(source, split)}: {what}{truth}{left_out}")
+        yield f"{index_file(source, split)}: {what}{truth}{left_out}"
+        if official:
+            named, found = count.images + count.missing, KARPATHY_COUNTS[split]
+            yield f"  {beside_official({'images': (named, found), 'pictures': (count.images, found)})}"

@@ -1,67 +1,94 @@
-"""The reference captions of an image: from Karpathy's `dataset_coco.json` to COCO-format files and back."""
+"""The captions people wrote: Karpathy's `dataset_coco.json`, and files in COCO's caption format."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from beit3.data.json_stream import stream_array
-from beit3.system.atomic_files import atomic_writes
+from beit3.data.index_writing import Findings, shown, wrong_id, wrong_list, wrong_path, wrong_text
+from beit3.data.json_stream import OnCharacters
 from beit3.system.errors import InputError
-from tasks.captioning.scores.scores import ImageId, check_captions
+from tasks.captioning.scores.scores import ImageId
 
-# Karpathy's names of the parts of a split. His restval images are trained on, by convention.
-SPLITS = {"train": ("train", "restval"), "restval": ("restval",), "val": ("val",), "test": ("test",)}
+# Our splits, and the parts of Karpathy's that they have. His restval images are trained on, by convention.
+KARPATHY_PARTS = {"train": ("train", "restval"), "val": ("val",), "test": ("test",)}
+_SPLIT_OF = {part: split for split, parts in KARPATHY_PARTS.items() for part in parts}
+
+
+@dataclass(frozen=True)
+class KarpathyImage:
+    """An image of `dataset_coco.json`: `split` is ours, `place` tells people where it stands in the file."""
+
+    id: int
+    split: str
+    folder: str
+    name: str
+    captions: list[str]
+    place: str
+
+
+def karpathy_images(
+    source: Path, findings: Findings, on_characters: OnCharacters | None = None
+) -> Iterator[KarpathyImage]:
+    """Yield the sound images of `dataset_coco.json` in its order; note all that is wrong with others.
+
+    Captions are the raw sentences, as people wrote them.
+    """
+    first: dict[int, int] = {}  # cocoid → position
+    for position, entry in enumerate(findings.stream(source, "images", on_characters)):
+        place = f"images[{position}]"
+        right = findings.check_fields(source, place, entry, _IMAGE)
+        sentences: Any = entry.get("sentences") if type(entry) is dict else None
+        if type(sentences) is list and not findings.check_list(source, f"{place}.sentences", sentences, _SENTENCE):
+            right = False
+        cocoid: Any = entry.get("cocoid") if type(entry) is dict else None
+        if wrong_id(cocoid):
+            continue
+        if first.setdefault(cocoid, position) != position:
+            findings.note(f"{source}: `cocoid` of another image", f"{place} has {cocoid}, as images[{first[cocoid]}]")
+        elif right:
+            captions = [sentence["raw"] for sentence in sentences]
+            yield KarpathyImage(
+                cocoid, _SPLIT_OF[entry["split"]], entry["filepath"], entry["filename"], captions, place
+            )
 
 
 def coco_ground_truth(dataset_coco: str | os.PathLike[str], split: str) -> dict[str, Any]:
-    """The reference captions of one split as a dict in COCO's caption format.
+    """The reference captions of one split, "train" (with restval), "val" or "test", as `as_coco` gives them.
 
-    dataset_coco: the file of Karpathy and Fei-Fei. split: "train" (with restval), "restval", "val" or "test". The dict
-    has `images` (`id`, `file_name`) and `annotations` (`id`, `image_id`, `caption`), both in the order of the file; ids
-    of images are COCO's, ids of annotations count from 1. Captions are the raw sentences, as people wrote them.
-
-    Raises InputError, listing every mistake: a file that cannot be read, an image of the split without sentences or
-    with an empty one, a `cocoid` that occurs twice anywhere in the file, a split without images.
+    Raises InputError listing every mistake in the file, or that it has no image of the split.
     """
-    return coco_ground_truths(dataset_coco, [split])[split]
+    findings = Findings()
+    images = [image for image in karpathy_images(Path(dataset_coco), findings) if image.split == split]
+    findings.raise_any()
+    if not images:
+        raise InputError(f"{dataset_coco}: no image of the split {split!r}")
+    return as_coco(images, split)
 
 
-def coco_ground_truths(dataset_coco: str | os.PathLike[str], splits: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """`coco_ground_truth` of several splits by one pass over the file, which has 150 megabytes."""
-    splits = list(splits)
-    assert all(split in SPLITS for split in splits), splits
-    problems: list[str] = []
-    images: dict[str, list[tuple[dict[str, Any], list[Any]]]] = {split: [] for split in splits}
-    for place, image in _karpathy_images(dataset_coco, problems):
-        wanted_by = [split for split in splits if image.get("split") in SPLITS[split]]
-        if not wanted_by:
-            continue
-        sentences = image.get("sentences")
-        captions = (
-            [s.get("raw") if isinstance(s, dict) else s for s in sentences] if isinstance(sentences, list) else []
-        )
-        problems += check_captions(place, captions)
-        for split in wanted_by:
-            images[split].append((image, captions))
-    problems += [f"{dataset_coco}: no image of the split {split!r}" for split in splits if not images[split]]
-    if problems:
-        raise InputError(problems)
-    return {split: _as_coco(images[split], split) for split in splits}
+def as_coco(images: Iterable[KarpathyImage], split: str) -> dict[str, Any]:
+    """The captions of the images of a split as a dict in COCO's caption format.
 
-
-def write_coco_ground_truth(dataset_coco: str | os.PathLike[str], paths: Mapping[str, str | os.PathLike[str]]) -> None:
-    """Write the ground truth of splits as COCO-format JSON files, split → path, by one pass over `dataset_coco`.
-
-    All of them appear, or none. Raises as `coco_ground_truth`.
+    It has `images` (`id`, `file_name`) and `annotations` (`id`, `image_id`, `caption`), both in the order given; ids of
+    images are COCO's, ids of annotations count from 1.
     """
-    truths = coco_ground_truths(dataset_coco, paths)
-    with atomic_writes(list(paths.values())) as files:
-        for file, split in zip(files, paths, strict=True):
-            json.dump(truths[split], file, ensure_ascii=False)
+    images = list(images)
+    pairs = [(image.id, caption) for image in images for caption in image.captions]
+    return {
+        # pycocotools wants `info`, and its official files say `type`.
+        "info": {"description": f"COCO captions, Karpathy split: {' + '.join(KARPATHY_PARTS[split])}"},
+        "type": "captions",
+        "licenses": [],
+        "images": [{"id": image.id, "file_name": image.name} for image in images],
+        "annotations": [
+            {"id": number, "image_id": cocoid, "caption": caption}
+            for number, (cocoid, caption) in enumerate(pairs, start=1)
+        ],
+    }
 
 
 def load_references(path: str | os.PathLike[str]) -> dict[ImageId, list[str]]:
@@ -73,61 +100,69 @@ def load_references(path: str | os.PathLike[str]) -> dict[ImageId, list[str]]:
     path = Path(path)
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:  # ValueError: not UTF-8, not JSON
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON
         raise InputError(f"{path}: cannot be read as JSON ({error})") from error
     if not isinstance(content, dict) or not all(isinstance(content.get(k), list) for k in ("images", "annotations")):
         raise InputError(f"{path}: wanted a caption file in COCO's format, with the lists `images` and `annotations`")
-    problems: list[str] = []
-    references: dict[ImageId, list[str]] = {}
+    findings = Findings()
+    place_of: dict[ImageId, str] = {}
     for number, image in enumerate(content["images"]):
-        image_id = image.get("id") if isinstance(image, dict) else None
-        if not isinstance(image_id, int | str):
-            problems.append(f"{path}: images[{number}] has no `id`")
-        elif image_id in references:
-            problems.append(f"{path}: image {image_id!r} occurs twice")
-        else:
-            references[image_id] = []
-    for number, annotation in enumerate(content["annotations"]):
-        image_id = annotation.get("image_id") if isinstance(annotation, dict) else None
-        if not isinstance(image_id, int | str) or image_id not in references:
-            problems.append(f"{path}: annotations[{number}] is of image {image_id!r}, which is not among `images`")
-        else:
-            references[image_id].append(annotation.get("caption"))
-    for image_id, captions in references.items():
-        problems += check_captions(f"{path}: image {image_id!r}", captions)
-    if problems:
-        raise InputError(problems)
+        place = f"images[{number}]"
+        if not findings.check_fields(path, place, image, {"id": _wrong_image_id}):
+            continue
+        if place_of.setdefault(image["id"], place) != place:
+            found = shown(image["id"])
+            findings.note(f"{path}: `id` of another image", f"{place} has {found}, as {place_of[image['id']]}")
+    references = captions_of(path, place_of, content["annotations"], findings)
+    findings.raise_any()
     return references
 
 
-def _karpathy_images(dataset_coco: str | os.PathLike[str], problems: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield (how to name it in a message, the image) for each sound image; what is wrong with others → `problems`."""
-    seen: dict[int, int] = {}
-    try:
-        for number, image in enumerate(stream_array(dataset_coco, "images")):
-            place = f"{dataset_coco}: images[{number}]"
-            cocoid = image.get("cocoid") if isinstance(image, dict) else None
-            if not isinstance(cocoid, int):
-                problems.append(f"{place} has the `cocoid` {cocoid!r}, wanted a number")
-            elif cocoid in seen:
-                problems.append(f"{place} has the `cocoid` {cocoid}, as images[{seen[cocoid]}] has; wanted each once")
-            else:
-                seen[cocoid] = number
-                yield f"{place} (cocoid {cocoid})", image
-    except OSError as error:
-        raise InputError(f"{dataset_coco}: cannot be read ({error})") from error
+def captions_of(
+    path: Path, place_of: dict[ImageId, str], annotations: Iterable[Any], findings: Findings
+) -> dict[ImageId, list[str]]:
+    """Image id → its captions, images in the order of `place_of`; notes what is wrong with captions.
+
+    place_of: image id → where it stands in the file. annotations: the elements of the file's list.
+    """
+    references: dict[ImageId, list[str]] = {image: [] for image in place_of}
+    for number, annotation in enumerate(annotations):
+        place = f"annotations[{number}]"
+        right = findings.check_fields(path, place, annotation, _ANNOTATION)
+        image = annotation.get("image_id") if type(annotation) is dict else None
+        if _wrong_image_id(image):
+            continue
+        if image not in references:
+            findings.note(f"{path}: `image_id` is not among `images`", f"{place} has {shown(image)}")
+        else:  # a caption that is wrong is noted already; that its image has none need not be told as well
+            references[image].append(annotation["caption"] if right else "")
+    for image, captions in references.items():
+        if not captions:
+            findings.note(f"{path}: image without captions", f"{place_of[image]} (id {shown(image)})")
+    return references
 
 
-def _as_coco(images: list[tuple[dict[str, Any], list[Any]]], split: str) -> dict[str, Any]:
-    pairs = [(image["cocoid"], caption) for image, captions in images for caption in captions]
-    return {
-        # pycocotools wants `info`, and its official files say `type`.
-        "info": {"description": f"COCO captions, Karpathy split: {' + '.join(SPLITS[split])}"},
-        "type": "captions",
-        "licenses": [],
-        "images": [{"id": image["cocoid"], "file_name": image.get("filename", "")} for image, _ in images],
-        "annotations": [
-            {"id": number, "image_id": cocoid, "caption": caption}
-            for number, (cocoid, caption) in enumerate(pairs, start=1)
-        ],
-    }
+def _wrong_image_id(value: Any) -> str | None:
+    return None if type(value) in (int, str) else "is neither a whole number nor a text"
+
+
+def _wrong_split(value: Any) -> str | None:
+    if type(value) is str and value in _SPLIT_OF:
+        return None
+    return f"is none of {', '.join(_SPLIT_OF)}"
+
+
+def _wrong_sentences(value: Any) -> str | None:
+    return wrong_list(value) or (None if value else "has no caption")
+
+
+# What is wrong with the fields of an image, and of a sentence, in Karpathy's file; of a caption in COCO's format.
+_IMAGE = {
+    "cocoid": wrong_id,
+    "split": _wrong_split,
+    "filepath": wrong_path,
+    "filename": wrong_path,
+    "sentences": _wrong_sentences,
+}
+_SENTENCE = {"raw": wrong_text}
+_ANNOTATION = {"image_id": _wrong_image_id, "caption": wrong_text}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from codecs import BOM_UTF8
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -100,25 +101,26 @@ def read_answers(path: str | os.PathLike[str]) -> list[str]:
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: missing; VQAv2Dataset.make_dataset_index writes it")
+    if not (content := path.read_bytes().removeprefix(BOM_UTF8).rstrip()):
+        raise InputError(f"{path}: is empty; VQAv2Dataset.make_dataset_index writes it")
     answers: list[str] = []
     problems: list[str] = []
     first_line: dict[str, int] = {}
-    with open(path, "rb") as file:  # bytes: one that is no UTF-8 is then a bad line, with its place
-        for label, line in enumerate(file):
-            place = f"{path}:{label + 1}"
-            try:
-                answer = _answer_of_line(line, label)
-            except ValueError as error:
-                problems.append(f"{place}: {error}")
-                continue
-            if answer in first_line:
-                problems.append(f"{place}: answer {answer!r} is in line {first_line[answer]} already")
-            first_line.setdefault(answer, label + 1)
-            answers.append(answer)
+    # Bytes: one that is no UTF-8 is then a bad line, with its place. What editors add, a byte order mark and blank
+    # lines at the end, is gone here; a blank line between others is a bad one, as lines are counted.
+    for label, line in enumerate(content.split(b"\n")):
+        place = f"{path}:{label + 1}"
+        try:
+            answer = _answer_of_line(line, label)
+        except ValueError as error:
+            problems.append(f"{place}: {error}")
+            continue
+        if answer in first_line:
+            problems.append(f"{place}: answer {answer!r} is in line {first_line[answer]} already")
+        first_line.setdefault(answer, label + 1)
+        answers.append(answer)
     if problems:
         raise InputError(problems)
-    if not answers:
-        raise InputError(f"{path}: is empty; VQAv2Dataset.make_dataset_index writes it")
     return answers
 
 
@@ -206,6 +208,7 @@ def _answer_of_line(line: bytes, label: int) -> str:
         raise ValueError(f"not JSON; {wanted} expected") from None
     if not isinstance(entry, dict) or type(entry.get("answer")) is not str or type(entry.get("label")) is not int:
         raise ValueError(f"{wanted} expected, found {line[:100]!r}")
+    entry["answer"].encode()  # UnicodeEncodeError, a ValueError, for half a surrogate pair
     if entry["label"] != label:
         raise ValueError(f"label {entry['label']} in a line whose number, counted from 0, is {label}; wanted {wanted}")
     return entry["answer"]

@@ -27,7 +27,8 @@ class VQAv2Dataset(ImageTextDataset):
     "row".
 
     split: "train" (vqa.train + vqa.trainable_val), "val" (vqa.rest_val), "test" or "test-dev".
-    vocab_size: rows of the model's text embedding. num_answers: outputs of the model's head.
+    vocab_size: rows of the model's text embedding. num_answers: outputs of the model's head. image_path: holds the
+    pictures; None: data_path does.
     Raises InputError listing the bad lines of the index, each with file and line.
     """
 
@@ -48,13 +49,14 @@ class VQAv2Dataset(ImageTextDataset):
         num_max_bpe_tokens: int = 64,
         num_answers: int = 3129,
         seed: int = 0,
+        image_path: str | os.PathLike[str] | None = None,
     ):
         if split not in self.SPLIT_FILES:
             raise InputError(f"VQAv2 has no split {split!r}; there are {', '.join(self.SPLIT_FILES)}")
         table = read_index(
             [Path(data_path) / index_file(name) for name in self.SPLIT_FILES[split]],
             [
-                PathField("image_path", data_path),
+                PathField("image_path", data_path if image_path is None else image_path),
                 TokenField("text_segment", vocab_size),
                 IntListField("labels", num_answers, distinct=True),
                 ScoreListField("scores"),
@@ -64,7 +66,7 @@ class VQAv2Dataset(ImageTextDataset):
             'annotation_data_path="…") in a Python shell makes it',
             same_length=[("labels", "scores")],
         )
-        super().__init__(data_path, table, transform, num_max_bpe_tokens, seed)
+        super().__init__(data_path, table, transform, num_max_bpe_tokens, seed, image_path)
         self.num_answers = num_answers
 
     def example(self, row: int) -> Item:
@@ -89,6 +91,7 @@ class VQAv2Dataset(ImageTextDataset):
         annotation_data_path: str | os.PathLike[str],
         seed: int = 0,
         progress: bool | None = None,
+        image_path: str | os.PathLike[str] | None = None,
     ) -> None:
         """Write the index files of VQAv2 into `data_path`, all or none of them.
 
@@ -99,12 +102,13 @@ class VQAv2Dataset(ImageTextDataset):
         indexed. tokenizer: see `beit3.data.tokenizer.as_batch_encoder`; the path of beit3.spm does as well.
         annotation_data_path: holds the six official files, unpacked. seed: decides which 1000 validation pictures
         are kept for validation (`vqa.rest_val`); the questions of the others are training data
-        (`vqa.trainable_val`). progress: show a bar; None: on a terminal only.
+        (`vqa.trainable_val`). progress: show a bar; None: on a terminal only. image_path: holds the pictures'
+        folders, which may lie on a disk that is only read; None: data_path does.
 
         Writes `vqa.{train,val,trainable_val,rest_val,test,test-dev}.jsonl` and `answer2label.txt`, and prints what
         was written and what left out. Raises InputError listing what is missing or wrong; nothing is written then.
         """
-        make_vqa_index(data_path, tokenizer, annotation_data_path, seed, progress)
+        make_vqa_index(data_path, tokenizer, annotation_data_path, seed, progress, image_path)
 
 
 def read_answers(data_path: str | os.PathLike[str]) -> list[str]:

@@ -11,45 +11,73 @@ import gc
 import hashlib
 import json
 import os
-import re
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from itertools import islice
+from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
-from beit3.data.index_table import is_inside
-from beit3.data.json_stream import stream_array
+from beit3.data.index_writing import (
+    MAX_ID,
+    Findings,
+    NumberTexts,
+    Pictures,
+    TokenCount,
+    beside_official,
+    is_nearly,
+    missing_inputs,
+    print_summary,
+    progress_bar,
+    shown,
+    tokenized,
+    wrong_id,
+    wrong_list,
+    wrong_string,
+    wrong_text,
+)
+from beit3.data.json_stream import OnCharacters
 from beit3.data.tokenizer import BatchEncoder, as_batch_encoder
 from beit3.system.atomic_files import atomic_writes
 from beit3.system.errors import InputError
 from tasks.vqav2.answers import ANSWER_FILE, MIN_ANSWER_COUNT, answer_lines, build_answer_vocabulary, vote_score
 
 NUM_REST_VAL_IMAGES = 1000  # validation images whose questions are kept for validating; the rest is for training
-BATCH = 4096  # questions tokenized at a time
 ANSWER = itemgetter("answer")
+TEXT = itemgetter(2)  # of a Question
 LINE = itemgetter(1)  # of a pair (image id, line of the index)
 
-Progress = Callable[[int], object]
+# What is wrong with the fields of a question, of an annotation, of an answer in it (which may be empty).
+QUESTION = {"question_id": wrong_id, "image_id": wrong_id, "question": wrong_text}
+ANNOTATION = {"question_id": wrong_id, "multiple_choice_answer": wrong_string, "answers": wrong_list}
+ONE_ANSWER = {"answer": wrong_string}
+
 Answers = tuple[list[str], list[str]]  # labels and their scores, as JSON writes them
-Question = tuple[int, int, str, Answers]  # question id, image id, text; no answers where they are not known
+
+
+# Question id, image id, text, answers (none where they are not known), position in the file. A million are made.
+Question = tuple[int, int, str, Answers, int]
 
 
 @dataclass(frozen=True)
 class Split:
-    """One of the four question files: the name of its index, of the official files, of the folder of pictures."""
+    """One of the four question files: the name of its index, of the official files, of the folder of pictures.
+
+    num_questions, num_pictures: in the official file. num_kept_pictures: those with a question that has an answer in
+    the vocabulary; all of them where there are no annotations.
+    """
 
     index: str
     official: str
     folder: str
     annotated: bool
+    num_questions: int
+    num_pictures: int
+    num_kept_pictures: int
 
     @property
     def questions(self) -> str:
@@ -60,11 +88,12 @@ class Split:
         return f"v2_mscoco_{self.official}_annotations.json"
 
 
-TRAIN = Split("train", "train2014", "train2014", annotated=True)
-VAL = Split("val", "val2014", "val2014", annotated=True)
-TEST = Split("test", "test2015", "test2015", annotated=False)
-TEST_DEV = Split("test-dev", "test-dev2015", "test2015", annotated=False)  # a part of the test questions
-SPLITS = (TRAIN, VAL, TEST, TEST_DEV)
+TRAIN = Split("train", "train2014", "train2014", True, 443757, 82783, 82774)
+VAL = Split("val", "val2014", "val2014", True, 214354, 40504, 40503)
+TEST = Split("test", "test2015", "test2015", False, 447793, 81434, 81434)
+TEST_DEV = Split("test-dev", "test-dev2015", "test2015", False, 107394, 36807, 36807)  # a part of the test questions
+OFFICIAL_FILES = (TRAIN, VAL, TEST, TEST_DEV)
+OFFICIAL_ANSWERS = (3129, "net", 1)  # how many, the first of them, how many are empty
 
 # "val" as a whole is for users; training reads trainable_val, validation rest_val.
 INDEX_NAMES = ("train", "val", "trainable_val", "rest_val", "test", "test-dev")
@@ -93,17 +122,21 @@ def make_vqa_index(
     annotation_data_path: str | os.PathLike[str],
     seed: int = 0,
     progress: bool | None = None,
+    image_path: str | os.PathLike[str] | None = None,
 ) -> None:
     """Write `vqa.{train,val,trainable_val,rest_val,test,test-dev}.jsonl` and `answer2label.txt` into `data_path`.
 
     See `datasets.VQAv2Dataset.make_dataset_index`, which is how users call it.
     """
     data, official = Path(data_path), Path(annotation_data_path)
-    problems = _missing_inputs(data, official)
-    pictures: dict[str, dict[int, str]] = {}
-    for folder in dict.fromkeys(split.folder for split in SPLITS):
-        pictures[folder], found = list_pictures(data, folder)
-        problems += found
+    pictures = Pictures(data if image_path is None else Path(image_path))
+    questions = [official / split.questions for split in OFFICIAL_FILES]
+    files = questions + [official / split.annotations for split in OFFICIAL_FILES if split.annotated]
+    source = "unpack it from https://visualqa.org/download.html (VQA v2) into annotation_data_path"
+    problems = missing_inputs([data, official, pictures.root], dict.fromkeys(files, source), data)
+    folders = dict.fromkeys(split.folder for split in OFFICIAL_FILES)
+    picture_of = {folder: pictures.by_image_id(folder) for folder in folders}
+    problems += pictures.problems
     try:
         encode = as_batch_encoder(tokenizer)
     except InputError as error:
@@ -111,26 +144,40 @@ def make_vqa_index(
     if problems:
         raise InputError(problems)
 
-    findings = Findings()
-    with _progress_bar(official, progress) as bar:
+    findings, tokens = Findings(), TokenCount()
+    with progress_bar("VQAv2 index", files, progress) as bar:
         labels, answers = _read_labels(official, findings, bar.update)
         builders = {
-            split: SplitBuilder(split, official, pictures[split.folder], labels.get(split), encode, findings)
-            for split in SPLITS
+            split: SplitBuilder(split, official, picture_of[split.folder], labels.get(split), encode, findings, tokens)
+            for split in OFFICIAL_FILES
         }
-        targets = [data / index_file(name) for name in INDEX_NAMES] + [data / ANSWER_FILE]
-        with atomic_writes(targets) as files:
-            file_of = dict(zip((*INDEX_NAMES, "answers"), files, strict=True))
-            file_of["answers"].writelines(answer_lines(answers))
-            for split in (TRAIN, TEST, TEST_DEV):
-                file_of[split.index].writelines(map(LINE, builders[split].lines(bar.update)))
-            val = list(builders[VAL].lines(bar.update))
-            rest_val = choose_rest_val((image for image, _ in val), seed)
-            file_of["val"].writelines(map(LINE, val))
-            file_of["rest_val"].writelines(line for image, line in val if image in rest_val)
-            file_of["trainable_val"].writelines(line for image, line in val if image not in rest_val)
-            findings.raise_any()
-    _print_summary(data, builders.values(), len(answers), len(rest_val), sum(image in rest_val for image, _ in val))
+        rest_val = _write_files(data, builders, answers, seed, findings, bar.update)
+    head = f"VQAv2 index written to {data}: {len(answers)} answers in {ANSWER_FILE}"
+    print_summary(head, _summary_lines(builders, rest_val, answers), tokens)
+
+
+def _write_files(
+    data: Path,
+    builders: dict[Split, SplitBuilder],
+    answers: list[str],
+    seed: int,
+    findings: Findings,
+    on_characters: OnCharacters,
+) -> tuple[int, int]:
+    """Write all index files, or none; returns how many questions and pictures `rest_val` has."""
+    names = {name: data / index_file(name) for name in INDEX_NAMES} | {"answers": data / ANSWER_FILE}
+    with atomic_writes(list(names.values())) as files:
+        file_of = dict(zip(names, files, strict=True))
+        file_of["answers"].writelines(answer_lines(answers))
+        for split in (TRAIN, TEST, TEST_DEV):
+            file_of[split.index].writelines(map(LINE, builders[split].lines(on_characters)))
+        val = list(builders[VAL].lines(on_characters))
+        rest_val = choose_rest_val((image for image, _ in val), seed)
+        file_of["val"].writelines(map(LINE, val))
+        file_of["rest_val"].writelines(line for image, line in val if image in rest_val)
+        file_of["trainable_val"].writelines(line for image, line in val if image not in rest_val)
+        findings.raise_any()
+    return sum(image in rest_val for image, _ in val), len(rest_val)
 
 
 def choose_rest_val(image_ids: Iterable[int], seed: int, count: int = NUM_REST_VAL_IMAGES) -> set[int]:
@@ -139,77 +186,14 @@ def choose_rest_val(image_ids: Iterable[int], seed: int, count: int = NUM_REST_V
     return set(ranked[:count])
 
 
-def list_pictures(data: Path, folder: str) -> tuple[dict[int, str], list[str]]:
-    """The pictures in a COCO folder, image id → `folder/file name`, and what is wrong with it."""
-    pictures: dict[int, str] = {}
-    root, path = os.path.realpath(data), data / folder
-    if not path.is_dir():
-        return {}, [f"{path}: folder of pictures missing; put the COCO pictures of {folder} there"]
-    if not is_inside(root, os.fspath(path)):
-        return {}, [f"{path}: leads out of {data} through a link, which reading refuses; put the folder itself there"]
-    problems = []
-    with os.scandir(path) as entries:
-        for entry in entries:
-            match = re.fullmatch(r"(?!\.)(?:.*_)?(\d+)\.jpg", entry.name)
-            if match is None:
-                continue
-            image_id = int(match[1])
-            if image_id in pictures:
-                problems.append(f"{path}: {entry.name} and {pictures[image_id]} are both image {image_id}; remove one")
-            elif entry.is_symlink() and not is_inside(root, entry.path):
-                problems.append(f"{path}: {entry.name} is a link out of {data}, which reading refuses; copy the file")
-            pictures[image_id] = f"{folder}/{entry.name}"
-    if not pictures:
-        problems.append(f"{path}: no picture in it, such as COCO_{folder}_000000000001.jpg")
-    return pictures, problems
-
-
 class Numbering(dict[str, int]):
-    """Text → its number, by order of first appearance. Raises TypeError for what is no text."""
+    """Text → its number, by order of first appearance. Raises TypeError for what is no text of valid Unicode."""
 
     def __missing__(self, text: str) -> int:
-        if type(text) is not str:
-            raise TypeError(f"{text!r} is not a text")
+        if wrong_string(text):
+            raise TypeError(text)
         number = self[text] = len(self)
         return number
-
-
-class NumberTexts(dict[int, str]):
-    """Number → its text, each made once: joined, they are the JSON of a list in half the time."""
-
-    def __missing__(self, number: int) -> str:
-        text = self[number] = str(number)
-        return text
-
-
-@dataclass
-class Findings:
-    """Mistakes in the official files, equal ones counted together: a wrong file has hundreds of thousands."""
-
-    broken_files: list[str] = field(default_factory=list)
-    examples: dict[str, list[str]] = field(default_factory=dict)
-    counts: Counter[str] = field(default_factory=Counter)
-
-    def stream(self, path: Path, key: str, progress: Progress) -> Iterator[Any]:
-        """Yield the elements of an official file; a broken one ends where it breaks, and the next file is read."""
-        try:
-            yield from stream_array(path, key, progress)
-        except InputError as error:
-            self.broken_files += error.problems
-
-    def note(self, what: str, example: object) -> None:
-        self.counts[what] += 1
-        if self.counts[what] <= 5:
-            self.examples.setdefault(what, []).append(str(example))
-
-    def raise_any(self) -> None:
-        """Raise an InputError with all that was noted, if anything was."""
-        problems = list(self.broken_files)
-        for what, examples in self.examples.items():
-            hidden = self.counts[what] - len(examples)
-            problems.append(f"{what}: {', '.join(examples)}" + (f" and {hidden} more" if hidden else ""))
-        if problems:
-            raise InputError(problems)
 
 
 class Labels:
@@ -245,13 +229,17 @@ class Labels:
         return self.labels[start:end], self.scores[start:end]
 
 
-def _read_labels(official: Path, findings: Findings, progress: Progress) -> tuple[dict[Split, Labels], list[str]]:
+def _read_labels(
+    official: Path, findings: Findings, on_characters: OnCharacters
+) -> tuple[dict[Split, Labels], list[str]]:
     """The labels of the annotated splits, and the answer vocabulary, which comes from both of them."""
     numbers = Numbering()  # of the raw answers
     multiple_choice: Counter[str] = Counter()
     labels = {}
     for split in (TRAIN, VAL):  # in this order: it decides the labels
-        labels[split] = _read_annotations(official / split.annotations, numbers, multiple_choice, findings, progress)
+        labels[split] = _read_annotations(
+            official / split.annotations, numbers, multiple_choice, findings, on_characters
+        )
     answers = build_answer_vocabulary(multiple_choice)
     if not answers and not findings.broken_files:
         what = f"{official}: the vocabulary is empty, as no answer is the most common one {MIN_ANSWER_COUNT} times"
@@ -267,11 +255,11 @@ def _read_labels(official: Path, findings: Findings, progress: Progress) -> tupl
 
 
 def _read_annotations(
-    path: Path, numbers: Numbering, multiple_choice: Counter[str], findings: Findings, progress: Progress
+    path: Path, numbers: Numbering, multiple_choice: Counter[str], findings: Findings, on_characters: OnCharacters
 ) -> Labels:
     """Read an annotation file; `numbers` and `multiple_choice` take in what is new."""
     labels = Labels()
-    for position, entry in enumerate(findings.stream(path, "annotations", progress)):
+    for position, entry in enumerate(findings.stream(path, "annotations", on_characters)):
         try:
             question_id, image_id = entry["question_id"], entry.get("image_id", -1)
             votes: dict[str, int] = {}
@@ -279,17 +267,31 @@ def _read_annotations(
                 votes[answer] = votes.get(answer, 0) + 1
             most_common = entry["multiple_choice_answer"]
             answers = list(map(numbers.__getitem__, votes))
-            typed = type(question_id) is type(image_id) is int and type(most_common) is str
+            right = (
+                type(question_id) is type(image_id) is int
+                and -MAX_ID <= question_id <= MAX_ID
+                and -MAX_ID <= image_id <= MAX_ID
+                and (most_common in multiple_choice or wrong_string(most_common) is None)
+                and type(entry["answers"]) is list
+            )
         except (KeyError, TypeError, AttributeError):
-            typed = False
-        if not typed:
-            findings.note(f"{path}: not an annotation of VQA v2; number in the file, from 0", position)
+            right = False
+        if not right:
+            _note_annotation(path, f"annotations[{position}]", entry, findings)
         elif question_id in labels.row_of:
             findings.note(f"{path}: annotated more than once; question_id", question_id)
         else:
             multiple_choice[most_common] += 1
             labels.add(question_id, image_id, answers, votes.values())
     return labels
+
+
+def _note_annotation(path: Path, place: str, entry: Any, findings: Findings) -> None:
+    """Note each wrong field of an annotation that has one."""
+    optional = {"image_id": wrong_id} if type(entry) is dict and "image_id" in entry else {}
+    findings.check_fields(path, place, entry, ANNOTATION | optional)
+    if type(entry) is dict and type(entry.get("answers")) is list:
+        findings.check_list(path, f"{place}.answers", entry["answers"], ONE_ANSWER)
 
 
 class SplitBuilder:
@@ -303,69 +305,79 @@ class SplitBuilder:
         labels: Labels | None,
         encode: BatchEncoder,
         findings: Findings,
+        tokens: TokenCount,
     ):
-        self.split, self.labels, self.encode, self.findings = split, labels, encode, findings
+        self.split, self.labels, self.encode, self.findings, self.tokens = split, labels, encode, findings, tokens
         self.questions_path, self.annotations_path = official / split.questions, official / split.annotations
         self.pictures = pictures
-        self.num_lines = 0
+        self.num_questions = self.num_lines = 0
+        self.asked: set[int] = set()  # images that have questions
         self.paths: dict[int, str] = {}  # of the pictures that have questions, as JSON
         self.without_picture = 0
         self.missing_pictures: set[int] = set()
         self.without_label = 0
 
-    def lines(self, progress: Progress) -> Iterator[tuple[int, str]]:
+    def lines(self, on_characters: OnCharacters) -> Iterator[tuple[int, str]]:
         """Yield (image id, line of the index) in the order of the question file."""
-        kept = self._kept(self._questions(progress))
+        kept = self._kept(self._questions(on_characters))
         text_of, join = NumberTexts().__getitem__, ", ".join
-        while batch := list(islice(kept, BATCH)):
-            for (question_id, image_id, _, answers), ids in zip(batch, self._tokenize(batch), strict=True):
-                if not ids:
-                    self.findings.note(f"{self.questions_path}: empty question text; question_id", question_id)
-                    continue
+        for question, ids in tokenized(kept, TEXT, self.encode, self.tokens, self.questions_path):
+            question_id, image_id, text, (labels, scores), position = question
+            if not ids:
+                what = f"{self.questions_path}: the tokenizer leaves nothing of `question`"
+                self.findings.note(what, f"questions[{position}] has {shown(text)}")
+                continue
+            path = self.paths.get(image_id)
+            if path is None:
+                path = self.paths[image_id] = json.dumps(self.pictures[image_id])
+            line = (
+                f'{{"image_path": {path}, "text_segment": [{join(map(text_of, ids))}], '
+                f'"labels": [{join(labels)}], "scores": [{join(scores)}], "qid": {question_id}}}\n'
+            )
+            if self.findings.check_line(line, self.questions_path, f"questions[{position}]"):
                 self.num_lines += 1
-                path = self.paths.get(image_id)
-                if path is None:
-                    path = self.paths[image_id] = json.dumps(self.pictures[image_id])
-                labels, scores = answers
-                yield (
-                    image_id,
-                    f'{{"image_path": {path}, "text_segment": [{join(map(text_of, ids))}], '
-                    f'"labels": [{join(labels)}], "scores": [{join(scores)}], "qid": {question_id}}}\n',
-                )
+                yield image_id, line
         if not self.num_lines and not self.findings.broken_files:
             what = f"{self.questions_path}: no question left ({self.without_label} without an answer in the vocabulary)"
             self.findings.note(f"{what}; questions without picture in {self.split.folder}/", self.without_picture)
 
-    def _tokenize(self, batch: list[Question]) -> list[list[int]]:
-        try:
-            return self.encode([text for _, _, text, _ in batch])
-        except ValueError as error:
-            raise InputError(f"{self.questions_path}: {error}") from error
-
-    def _questions(self, progress: Progress) -> Iterator[tuple[int, int, str]]:
-        """Yield (question id, image id, text) of the well-formed questions; note what is wrong with ids."""
+    def _questions(self, on_characters: OnCharacters) -> Iterator[tuple[int, int, str, int]]:
+        """Yield (question id, image id, text, position) of the sound questions; note what is wrong with others."""
         seen: set[int] = set()
-        for position, entry in enumerate(self.findings.stream(self.questions_path, "questions", progress)):
+        for position, entry in enumerate(self.findings.stream(self.questions_path, "questions", on_characters)):
             try:
                 question_id, image_id, text = entry["question_id"], entry["image_id"], entry["question"]
+                plain = (
+                    type(question_id) is type(image_id) is int
+                    and -MAX_ID <= question_id <= MAX_ID
+                    and -MAX_ID <= image_id <= MAX_ID
+                    and type(text) is str
+                    and text.isascii()
+                    and text.strip() != ""
+                )
             except (KeyError, TypeError):
-                question_id = image_id = text = None
-            if not (type(question_id) is type(image_id) is int and type(text) is str):
-                self.findings.note(f"{self.questions_path}: not a question; number in the file, from 0", position)
-            elif question_id in seen:
+                plain = False
+            # What is plain, nearly all, needs no closer look.
+            if not plain and not self.findings.check_fields(
+                self.questions_path, f"questions[{position}]", entry, QUESTION
+            ):
+                continue
+            if question_id in seen:
                 self.findings.note(f"{self.questions_path}: asked more than once; question_id", question_id)
             else:
                 seen.add(question_id)
-                yield question_id, image_id, text
+                yield question_id, image_id, text, position
+        self.num_questions = len(seen)
         if self.labels is not None and not self.findings.broken_files:
             for question_id in self.labels.row_of.keys() - seen:
                 what = f"{self.annotations_path}: annotations of questions that {self.split.questions} does not have"
                 self.findings.note(f"{what}; question_id", question_id)
 
-    def _kept(self, questions: Iterable[tuple[int, int, str]]) -> Iterator[Question]:
+    def _kept(self, questions: Iterable[tuple[int, int, str, int]]) -> Iterator[Question]:
         """Yield the questions that have a picture and a label."""
         answers: Answers = ([], [])
-        for question_id, image_id, text in questions:
+        for question_id, image_id, text, position in questions:
+            self.asked.add(image_id)
             if self.labels is not None:
                 row = self.labels.row_of.get(question_id, -1)
                 if row < 0:
@@ -382,38 +394,47 @@ class SplitBuilder:
             elif self.labels is not None and not answers[0]:
                 self.without_label += 1
             else:
-                yield question_id, image_id, text, answers
+                yield question_id, image_id, text, answers, position
+
+    def official_line(self) -> str | None:
+        """How the counts compare with the official ones; None where this is not the official file."""
+        split = self.split
+        if not is_nearly(self.num_questions, split.num_questions):
+            return None
+        found = len(self.asked) - len(self.missing_pictures)
+        counts = {
+            "questions": (self.num_questions, split.num_questions),
+            "pictures": (found, split.num_pictures),
+            "pictures with a kept question": (len(self.paths), split.num_kept_pictures),
+        }
+        return beside_official(counts)
 
 
-def _missing_inputs(data: Path, official: Path) -> list[str]:
-    """What of the folders and official files is not there."""
-    problems = [f"{folder}: no such folder" for folder in dict.fromkeys((data, official)) if not folder.is_dir()]
-    names = [split.questions for split in SPLITS] + [split.annotations for split in (TRAIN, VAL)]
-    missing = [name for name in names if not (official / name).is_file()]
-    source = "unpack it from https://visualqa.org/download.html (VQA v2) into annotation_data_path"
-    return problems + [f"{official / name}: missing; {source}" for name in missing]
-
-
-def _progress_bar(official: Path, progress: bool | None) -> Any:
-    """A bar over the bytes of all official files; `progress` None: on a terminal only."""
-    files = [split.questions for split in SPLITS] + [split.annotations for split in (TRAIN, VAL)]
-    total = sum((official / name).stat().st_size for name in files)
-    hidden = None if progress is None else not progress
-    return tqdm(total=total, unit="B", unit_scale=True, desc="VQAv2 index", disable=hidden)
-
-
-def _print_summary(
-    data: Path, builders: Iterable[SplitBuilder], num_answers: int, rest_val_images: int, rest_val_lines: int
-) -> None:
-    print(f"VQAv2 index written to {data}: {num_answers} answers in {ANSWER_FILE}")
-    for builder in builders:
+def _summary_lines(builders: dict[Split, SplitBuilder], rest_val: tuple[int, int], answers: list[str]) -> Iterator[str]:
+    """rest_val: its questions and pictures."""
+    if all(is_nearly(builders[split].num_questions, split.num_questions) for split in (TRAIN, VAL)):
+        yield f"{ANSWER_FILE}: {_official_answers_line(answers)}"
+    for split, builder in builders.items():
         parts = [f"{builder.num_lines} questions of {len(builder.paths)} images"]
         if builder.without_picture:
             parts.append(f"{builder.without_picture} left out, {len(builder.missing_pictures)} pictures are missing")
         if builder.without_label:
             parts.append(f"{builder.without_label} left out, no answer of theirs is in the vocabulary")
-        print(f"  {index_file(builder.split.index)}: {'; '.join(parts)}")
-        if builder.split is VAL:
-            lines, images = builder.num_lines - rest_val_lines, len(builder.paths) - rest_val_images
-            print(f"    {index_file('rest_val')}: {rest_val_lines} questions of {rest_val_images} images (validation)")
-            print(f"    {index_file('trainable_val')}: {lines} questions of {images} images (training, as is train)")
+        yield f"{index_file(split.index)}: {'; '.join(parts)}"
+        if (official := builder.official_line()) is not None:
+            yield f"  {official}"
+        if split is VAL:
+            lines, images = builder.num_lines - rest_val[0], len(builder.paths) - rest_val[1]
+            yield f"  {index_file('rest_val')}: {rest_val[0]} questions of {rest_val[1]} images (validation)"
+            yield f"  {index_file('trainable_val')}: {lines} questions of {images} images (training, as is train)"
+
+
+def _official_answers_line(answers: list[str]) -> str:
+    found = (len(answers), answers[0], answers.count(""))
+    if found == OFFICIAL_ANSWERS:
+        return "as many answers as in the official data, in their order"
+    told = [
+        f"{number} answers, the first {shown(first)}, {blank} empty"
+        for number, first, blank in (found, OFFICIAL_ANSWERS)
+    ]
+    return f"unlike the official data: {told[0]} instead of {told[1]}; released heads do not fit"
