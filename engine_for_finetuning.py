@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,16 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 import utils
 from beit3.data.image_text import ImageTextDataset
 from beit3.data.images import normalize
 from beit3.data.loading import EpochSampler
+from beit3.system.progress_bar import ProgressBar
 from beit3.training.backends import Backend
 from beit3.training.ema import ModelEma
 from optim_factory import set_learning_rate
-from tasks import Record, Task
+from tasks.base import Columns, Task
 
 logger = logging.getLogger(__name__)
 
@@ -30,40 +29,6 @@ logger = logging.getLogger(__name__)
 READ_EVERY = 20
 COUNTED = "steps counted"  # name among the sums of a saved state
 MAX_ROWS_NAMED = 20
-
-
-class Progress:
-    """A bar on a terminal, a plain line now and then in a file; silent on all processes but the first."""
-
-    def __init__(self, what: str, total: int, is_main: bool, done: int = 0, seconds_between_lines: float = 30) -> None:
-        self.what, self.total, self.done = what, total, done
-        self.seconds_between_lines = seconds_between_lines
-        self.started = self.last_line = time.monotonic()
-        self.first = done
-        on_terminal = sys.stderr.isatty()
-        self.bar = tqdm(total=total, initial=done, desc=what, dynamic_ncols=True) if is_main and on_terminal else None
-        self.lines = is_main and not on_terminal
-
-    def advance(self, text: str = "") -> None:
-        self.done += 1
-        if self.bar is not None:
-            if text:
-                self.bar.set_postfix_str(text, refresh=False)
-            self.bar.update()
-        elif self.lines and text and time.monotonic() - self.last_line >= self.seconds_between_lines:
-            self.last_line = time.monotonic()
-            left = (self.last_line - self.started) / max(self.done - self.first, 1) * (self.total - self.done)
-            logger.info("%s %d/%d  %s  %s left", self.what, self.done, self.total, text, _duration(left))
-
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
 @dataclass
@@ -150,6 +115,7 @@ class TrainingRun:
 
     Attributes:
         dataset, sampler, loader: of the training pictures; the loader reads the dataset in the sampler's order.
+        val_loader: of the validation pictures, this process's share.
         schedule: learning rate of every step of the whole run.
         update_freq: micro batches per step.
         seed: with the step and the process, decides what drop path draws.
@@ -165,6 +131,7 @@ class TrainingRun:
     dataset: ImageTextDataset
     sampler: EpochSampler
     loader: DataLoader
+    val_loader: DataLoader
     schedule: Sequence[float]
     update_freq: int
     seed: int
@@ -190,7 +157,7 @@ def train_one_epoch(run: TrainingRun, epoch: int, state: EpochState) -> float:
     backend.model.train()
     run.dataset.set_epoch(epoch)
     run.sampler.set_epoch(epoch, state.step)
-    progress = Progress(f"epoch {epoch}", steps_per_epoch, process.is_main, done=state.step)
+    bar = ProgressBar(f"epoch {epoch}", steps_per_epoch, process.is_main, done=state.step)
     batches = iter(run.loader)
     window = _Window()
     started, images = time.monotonic(), 0
@@ -207,9 +174,9 @@ def train_one_epoch(run: TrainingRun, epoch: int, state: EpochState) -> float:
         window.images += len(outcome.rows) * process.world_size
         if (step + 1) % READ_EVERY == 0 or state.step == steps_per_epoch:
             window = _Window(_show(run, state, window, step, outcome.rows))
-        progress.advance(window.text)
+        bar.advance(window.text)
         run.after_step(epoch, state)
-    progress.close()
+    bar.close()
     return images / (time.monotonic() - started)
 
 
@@ -330,43 +297,42 @@ class Validation:
     scores: dict[str, float]
     score: float | None
     averaged: bool
-    files: dict[str, Any]
+    files: Mapping[str, Any]
 
 
-def validate(run: TrainingRun, loader: DataLoader, epoch: int) -> Validation:
+def validate(run: TrainingRun, epoch: int) -> Validation:
     """Score the weights, and their average when one is kept. Collective."""
     metric = run.task.best_metric
-    scores, files = _score(run, loader, epoch, f"validation after epoch {epoch}")
+    scores, files = _score(run, f"validation after epoch {epoch}")
     if run.ema is None:
         return Validation(scores, scores.get(metric), False, files)
-    what = f"validation of the average after epoch {epoch}"
-    averaged, averaged_files = _score(run, loader, epoch, what, run.ema.averages)
+    averaged, averaged_files = _score(run, f"validation of the average after epoch {epoch}", run.ema.averages)
     better = metric in averaged and averaged[metric] > scores[metric]
     every = {**scores, **{f"ema_{name}": value for name, value in averaged.items()}}
     return Validation(every, (averaged if better else scores).get(metric), better, averaged_files if better else files)
 
 
 def _score(
-    run: TrainingRun, loader: DataLoader, epoch: int, what: str, averages: Mapping[str, Tensor] | None = None
-) -> tuple[dict[str, float], dict[str, Any]]:
+    run: TrainingRun, what: str, averages: Mapping[str, Tensor] | None = None
+) -> tuple[dict[str, float], Mapping[str, Any]]:
     backend = run.backend
     with backend.evaluation_model(averages) as model:
-        records = evaluate(
+        columns = evaluate(
             run.task,
             model,
-            loader,
+            run.val_loader,
             run.process,
             autocast=backend.autocast,
             input_dtype=backend.input_dtype,
             what=what,
             check_stop=run.check_stop,
         )
-    scores: dict[str, float] = {}
-    files: dict[str, Any] = {}
-    if run.process.is_main:
-        scores = run.task.metrics(records)
-        files = run.task.validation_files(records, epoch)
-    return utils.broadcast(scores), files
+    metrics: dict[str, float] = {}
+    files: Mapping[str, Any] = {}
+    if columns is not None:
+        scores = run.task.score(columns, run.val_loader.dataset, "val", final=False)  # type: ignore[arg-type]
+        metrics, files = scores.metrics, scores.files
+    return utils.broadcast(metrics), files
 
 
 def evaluate(
@@ -379,30 +345,59 @@ def evaluate(
     input_dtype: torch.dtype = torch.float32,
     what: str = "evaluation",
     check_stop: Callable[[], None] = lambda: None,
-) -> list[Record]:
-    """Records of all examples, each exactly once and in the order of their rows, on every process. Collective.
+) -> Columns | None:
+    """What the task predicts of all examples, each exactly once and in the order of their rows. Collective.
 
     Args:
         model: computes without other processes, because they may have fewer batches.
         loader: this process's share of the examples; it may be empty.
         autocast: makes the context of a forward pass, as `Backend.autocast`.
         check_stop: called after each batch, on every process equally often; may raise.
+
+    Returns:
+        The columns of `predict_step` and "row", on the CPU; None on all processes but the first.
     """
     model.eval()
-    records: list[Record] = []
-    progress = Progress(what, len(loader), process.is_main)
+    predicted: list[dict[str, Any]] = []
+    bar = ProgressBar(what, len(loader), process.is_main)
     started, images = time.monotonic(), 0
     batches = iter(loader)
     with torch.no_grad():
+        # Every process goes round equally often, so that all of them are there when one is told to stop.
         for _ in range(max(utils.gather(len(loader)))):
             batch = next(batches, None)
             if batch is not None:
+                rows = batch["row"]
                 batch = prepare(batch, task, process.device, input_dtype)
                 with autocast():
-                    records += task.evaluation_step(model, batch)
-                images += len(batch["row"]) * process.world_size
-                progress.advance(f"{images / (time.monotonic() - started):.0f} images/s")
+                    predicted.append({"row": rows, **task.predict_step(model, batch)})
+                images += len(rows) * process.world_size
+                bar.advance(f"{images / (time.monotonic() - started):.0f} images/s")
             check_stop()
-    progress.close()
-    by_row = {record["row"]: record for share in utils.gather(records) for record in share}
-    return [by_row[row] for row in sorted(by_row)]
+    bar.close()
+    return _by_row(utils.gather_columns(join_columns(predicted)))
+
+
+def join_columns(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Columns of several batches, or processes, as one: tensors (N, …) on the CPU, and lists."""
+    joined: dict[str, Any] = {}
+    for name in parts[0] if parts else ():
+        values = [part[name] for part in parts]
+        if isinstance(values[0], Tensor):
+            joined[name] = torch.cat([value.cpu() for value in values])
+        else:
+            joined[name] = [entry for value in values for entry in value]
+    return joined
+
+
+def _by_row(parts: Sequence[Mapping[str, Any]] | None) -> Columns | None:
+    """Columns of all processes in the order of rows, each row once; None where they are not."""
+    if parts is None:
+        return None
+    columns = join_columns([part for part in parts if part])
+    rows = columns["row"].tolist()
+    order = torch.tensor(sorted({row: place for place, row in enumerate(rows)}.values(), key=rows.__getitem__))
+    return {
+        name: column[order] if isinstance(column, Tensor) else [column[place] for place in order.tolist()]
+        for name, column in columns.items()
+    }

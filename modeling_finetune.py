@@ -16,15 +16,10 @@ import torch.nn.functional as F
 from timm.models import register_model
 from torch import Tensor, nn
 
+from beit3.model.contrastive import contrastive_loss
 from beit3.model.encoder import BEiT3, EncoderConfig
-from beit3.model.losses import contrastive_loss
+from beit3.model.names import REGISTERED, SIZES, model_name
 
-# Sizes of the encoder.
-SIZES = {
-    "tiny": {"width": 128, "layers": 4, "heads": 4},
-    "base": {"width": 768, "layers": 12, "heads": 12},
-    "large": {"width": 1024, "layers": 24, "heads": 16},
-}
 # Learns the embedded demo from nothing: no weights are released for it.
 FROM_SCRATCH = {"tiny"}
 VQA_ANSWERS = 3129
@@ -282,22 +277,6 @@ HEADS: dict[str, type[BEiT3Model]] = {
     "imageclassification": BEiT3ForImageClassification,
 }
 
-# Which (size, pixels) exist per suffix: the released ones, and tiny for the demo.
-REGISTERED = {
-    "vqav2": [
-        ("tiny", 64),
-        ("base", 384),
-        ("base", 480),
-        ("large", 384),
-        ("large", 480),
-        ("large", 768),
-    ],
-    "captioning": [("tiny", 64), ("base", 224), ("base", 480), ("large", 480)],
-    "retrieval": [("base", 224), ("base", 384), ("large", 384)],
-    "nlvr2": [("base", 224), ("large", 224)],
-    "imageclassification": [("base", 224), ("large", 224)],
-}
-
 
 def _entry_point(suffix: str, size: str, pixels: int) -> Callable[..., BEiT3Model]:
     head = HEADS[suffix]
@@ -324,7 +303,7 @@ def _entry_point(suffix: str, size: str, pixels: int) -> Callable[..., BEiT3Mode
         model = head(config, **options)
         return model.apply(_init_from_scratch) if size in FROM_SCRATCH else model
 
-    build.__name__ = build.__qualname__ = f"beit3_{size}_patch16_{pixels}_{suffix}"
+    build.__name__ = build.__qualname__ = model_name(size, pixels, suffix)
     build.__doc__ = f"BEiT-3 {size} at {pixels} pixels: {head.__name__}."
     return build
 

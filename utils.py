@@ -147,6 +147,40 @@ def gather(value: T) -> list[T]:
     return values
 
 
+def gather_columns(columns: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+    """The columns of every process, in rank order, on process 0; None on the others. Collective.
+
+    columns: name → tensor (N, …) on the CPU or list (N). N may differ among processes; one without rows may have no
+    columns at all. Tensors travel as tensors: nothing is pickled but lists, and other processes keep nothing.
+    """
+    if world_size() == 1:
+        return [dict(columns)]
+    tensors = {name: value for name, value in columns.items() if isinstance(value, torch.Tensor)}
+    lists = {name: value for name, value in columns.items() if name not in tensors}
+    layouts = gather({name: (tuple(value.shape), value.dtype) for name, value in tensors.items()})
+    main = dist.get_rank() == 0
+    everyone: list[Any] | None = [None] * world_size() if main else None
+    dist.gather_object(lists, everyone, dst=0)
+    received: list[dict[str, Any]] = [dict(each) for each in everyone] if everyone is not None else []
+    for rank, layout in enumerate(layouts):
+        for name, (shape, dtype) in layout.items():
+            if rank == 0 and main:
+                received[0][name] = tensors[name]
+            elif rank == dist.get_rank():
+                dist.send(_on_wire(tensors[name]), dst=0)
+            elif main:
+                buffer = _on_wire(torch.empty(shape, dtype=dtype))
+                dist.recv(buffer, src=rank)
+                received[rank][name] = buffer.cpu()
+    return received if main else None
+
+
+def _on_wire(tensor: torch.Tensor) -> torch.Tensor:
+    """Where the backend of the process group can send it from."""
+    on_gpu = dist.get_backend() == "nccl"
+    return tensor.contiguous().cuda() if on_gpu else tensor.contiguous()
+
+
 def broadcast(value: T) -> T:
     """Process 0's value on every process. Collective; values must pickle."""
     if world_size() == 1:
@@ -225,6 +259,16 @@ def seed_everything(*parts: int) -> None:
     """Make what PyTorch draws next a function of `parts` (seed, step, process, …) alone, on every device."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     torch.manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def make_deterministic() -> None:
+    """Every operation in one order, or an error. On a GPU; a CPU does so anyway."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    # Of the kinds of attention these have no backward pass in a fixed order.
+    torch.backends.cuda.enable_mem_efficient_sdp(False)
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 class _TerminalFriendlyHandler(logging.StreamHandler):

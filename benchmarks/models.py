@@ -21,12 +21,13 @@ from torch import Tensor, nn
 from beit3.data.image_text import TEXT_MULTIPLE
 from beit3.data.tokenizer import EOS_ID, PAD_ID
 from beit3.model.encoder import EncoderConfig
-from beit3.model.losses import masked_token_losses, soft_answer_loss
 from benchmarks import memory
 from benchmarks.peers import PEERS, CachedDecoder, one_hot_loss, per_beam_search
 from benchmarks.table import Line, Reach, Row, Settings, interleave, rates
 from modeling_finetune import HEADS, SIZES, VQA_ANSWERS
 from tasks.captioning.generation import generate
+from tasks.captioning.losses import masked_token_losses
+from tasks.vqav2.task import soft_answer_loss
 from tests import reference
 
 VOCABULARY, MASK_ID = 64010, 64001

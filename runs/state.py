@@ -5,7 +5,6 @@ What a checkpoint file is, is in `beit3.training.checkpoints`; here is which one
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Mapping
@@ -14,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import utils
-from beit3.model.weights import MODEL_FILE, write_weights
-from beit3.system.atomic_files import atomic_write
+from beit3.data.image_text import ImageTextDataset
+from beit3.model.description import FORMAT, MODEL_FILE
+from beit3.model.weights import as_tensor, write_weights
 from beit3.system.errors import InputError
-from beit3.training.backends import Backend
+from beit3.training.backends import Backend, PlainBackend, choose_precision
 from beit3.training.checkpoints import (
     Position,
     checkpoint_name,
@@ -28,16 +28,20 @@ from beit3.training.checkpoints import (
     prune,
     read_fingerprint,
     remove_unfinished,
+    versions,
 )
 from beit3.training.ema import ModelEma
 from engine_for_finetuning import EpochState, Validation
-from tasks import Task
+from runs.settings import Settings
+from tasks.base import Task
 
 logger = logging.getLogger(__name__)
 
+STEPS_VERSION = "version of the task's steps"  # in a fingerprint's recipe
+
 
 @dataclass
-class Progress:
+class RunPosition:
     """Where a run stands: the epoch it is in, the steps done there, and the best validation so far."""
 
     epoch: int = 0
@@ -46,7 +50,7 @@ class Progress:
     best_epoch: int = -1
 
     @property
-    def position(self) -> Position:
+    def place(self) -> Position:
         return self.epoch, self.step
 
 
@@ -72,6 +76,43 @@ class Keeping:
     fingerprint: Mapping[str, Any]
     suffix: str
     any_world_size: bool
+
+
+def what_is_kept(settings: Settings, fingerprint: dict[str, Any]) -> Keeping:
+    run, deepspeed = settings.run, settings.deepspeed
+    return Keeping(
+        folder=Path(run.output_dir) if run.output_dir and run.save_ckpt else None,
+        keep=run.keep_checkpoints,
+        resume=Path(run.resume) if run.resume else None,
+        auto_resume=run.auto_resume,
+        force=run.force_resume,
+        fingerprint=fingerprint,
+        suffix="" if deepspeed.enable_deepspeed else PlainBackend.suffix,
+        any_world_size=not deepspeed.enable_deepspeed or deepspeed.zero_stage == 0,
+    )
+
+
+def make_fingerprint(
+    settings: Settings,
+    task: Task,
+    process: utils.Process,
+    train_set: ImageTextDataset,
+    val_set: ImageTextDataset,
+) -> dict[str, Any]:
+    """What must be the same for a run to go on: plain values, see `beit3.training.checkpoints`."""
+    optimizer = settings.optimizer
+    recipe = settings.recipe()
+    recipe["precision"] = choose_precision(settings.run.precision, process.device)
+    recipe["pairs per step"] = optimizer.batch_size * optimizer.update_freq * process.world_size
+    recipe[STEPS_VERSION] = settings.task.steps_version
+    tokenizer = {"tokenizer": task.tokenizer.sha256} if settings.task.uses_text else {}
+    return {
+        "format": FORMAT,
+        "versions": versions(),
+        "world_size": process.world_size,
+        "recipe": recipe,
+        "data": {"training data": train_set.digest, "validation data": val_set.digest, **tokenizer},
+    }
 
 
 def find_resumable(keeping: Keeping, process: utils.Process) -> Path | None:
@@ -118,6 +159,10 @@ def _newest_complete(keeping: Keeping) -> Path | None:
 def _why_not(keeping: Keeping, path: Path) -> list[str]:
     """Reasons not to go on from a complete checkpoint."""
     made, now = read_fingerprint(path), keeping.fingerprint
+    if made["format"] > FORMAT:
+        return [f"{path}: made by a later version of this toolkit (format {made['format']}); go on with that one"]
+    if made["format"] == 1:
+        made = _of_first_format(made, now)
     if made["versions"] != now["versions"]:
         logger.warning("%s: made with %s, this is %s; last digits may differ", path, made["versions"], now["versions"])
     deepspeed_then, deepspeed_now = path.is_dir(), not keeping.suffix
@@ -140,10 +185,17 @@ def _why_not(keeping: Keeping, path: Path) -> list[str]:
     return problems
 
 
+def _of_first_format(made: dict[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """A fingerprint of before tasks had flags of their own: it names those of every task, which decided nothing."""
+    recipe = {name: value for name, value in made["recipe"].items() if name in now["recipe"]}
+    return {**made, "recipe": {**recipe, STEPS_VERSION: 1}}
+
+
 class Keeper:
     """Writes the checkpoints of a run and takes them over again.
 
-    description: what the model is, for files of weights. resumed_from: as `find_resumable` found it.
+    description: what the model is, for files of weights. tokenizer: content of its file, which goes into every
+    checkpoint. resumed_from: as `find_resumable` found it.
     """
 
     def __init__(
@@ -153,37 +205,39 @@ class Keeper:
         backend: Backend,
         task: Task,
         description: Mapping[str, Any],
+        tokenizer: bytes | None,
         ema: ModelEma | None,
         resumed_from: Path | None,
     ) -> None:
         self.keeping, self.process, self.backend, self.task = keeping, process, backend, task
-        self.description, self.ema, self.resumed_from = description, ema, resumed_from
+        self.description, self.tokenizer, self.ema, self.resumed_from = description, tokenizer, ema, resumed_from
         self.started = self.saved = (0, 0)  # where this process began, and its newest checkpoint stands
 
-    def start(self, first_epoch: int) -> tuple[Progress, EpochState]:
+    def start(self, first_epoch: int) -> tuple[RunPosition, EpochState]:
         """Where the run begins: at its checkpoint, whose state is taken over, or at `first_epoch`. Collective."""
-        progress, state = Progress(first_epoch), EpochState()
+        position, state = RunPosition(first_epoch), EpochState()
         if self.resumed_from is not None:
             extra = self.backend.load(self.resumed_from)
-            progress = Progress(**extra["progress"])
+            position = RunPosition(**extra["progress"])
             state = EpochState.from_states(extra["states"], self.process.rank, self.process.world_size)
             if self.ema is not None and extra["ema"] is not None:
                 self.ema.load(extra["ema"])
-            logger.info("%s: going on with epoch %d, step %d", self.resumed_from, progress.epoch, progress.step)
-        self.started = self.saved = progress.position
-        return progress, state
+            logger.info("%s: going on with epoch %d, step %d", self.resumed_from, position.epoch, position.step)
+        self.started = self.saved = position.place
+        return position, state
 
-    def save(self, progress: Progress, state: EpochState) -> None:
+    def save(self, position: RunPosition, state: EpochState) -> None:
         """Write everything needed to go on from here, unless that was done. Collective."""
         folder = self.keeping.folder
-        if folder is None or progress.position == self.saved:
+        if folder is None or position.place == self.saved:
             return
-        self.saved = progress.position
-        path = folder / (checkpoint_name(progress.position) + self.keeping.suffix)
+        self.saved = position.place
+        path = folder / (checkpoint_name(position.place) + self.keeping.suffix)
         extra = {
+            "tokenizer": None if self.tokenizer is None else as_tensor(self.tokenizer),
             "fingerprint": dict(self.keeping.fingerprint),
             "description": dict(self.description),
-            "progress": asdict(progress),
+            "progress": asdict(position),
             "states": utils.gather(state.to_plain()),
             "ema": None if self.ema is None else self.ema.averages,
         }
@@ -191,33 +245,34 @@ class Keeper:
         if self.process.is_main:
             prune(path, self.keeping.suffix, self.keeping.keep, self.resumed_from)
 
-    def keep_best(self, progress: Progress, validation: Validation) -> None:
+    def keep_best(self, position: RunPosition, validation: Validation) -> None:
         """Write `checkpoint-best` when the validation metric improved.
 
         Where validation cannot be scored, the last epoch counts as the best. Collective.
         """
-        if validation.score is not None and validation.score <= progress.best:
+        if validation.score is not None and validation.score <= position.best:
             return
-        progress.best_epoch = progress.epoch
+        position.best_epoch = position.epoch
         if validation.score is not None:
-            progress.best = validation.score
+            position.best = validation.score
         facts = {
-            "epoch": progress.epoch,
+            "epoch": position.epoch,
+            "metric": self.task.best_metric,
             self.task.best_metric: validation.score,
             "from": "average" if validation.averaged else "weights",
         }
         averages = self.ema.averages if self.ema is not None and validation.averaged else None
         self._write_weights("checkpoint-best", {"", self.keeping.suffix}, facts, averages)
 
-    def finish(self, progress: Progress) -> None:
+    def finish(self, position: RunPosition) -> None:
         """Write the last weights as `checkpoint-last` and say what came out. Collective."""
         if self.keeping.folder is not None:
-            was_finished = self.started == progress.position
+            was_finished = self.started == position.place
             if not (was_finished and (self.keeping.folder / "checkpoint-last" / MODEL_FILE).is_file()):
-                self._write_weights("checkpoint-last", {""}, {"epoch": progress.epoch - 1, "from": "weights"}, None)
-        if progress.best > -math.inf:
+                self._write_weights("checkpoint-last", {""}, {"epoch": position.epoch - 1, "from": "weights"}, None)
+        if position.best > -math.inf:
             metric = self.task.best_metric
-            logger.info("best validation %s %.2f, after epoch %d", metric, progress.best, progress.best_epoch)
+            logger.info("best validation %s %.2f, after epoch %d", metric, position.best, position.best_epoch)
 
     def _write_weights(
         self, name: str, suffixes: set[str], facts: Mapping[str, Any], averages: Mapping[str, Any] | None
@@ -231,13 +286,5 @@ class Keeper:
             for suffix in sorted(suffixes):
                 path = self.keeping.folder / f"{name}{suffix}"
                 with errors_named(path):
-                    write_weights(path, weights, {**self.description, **facts})
+                    write_weights(path, weights, {**self.description, **facts}, self.tokenizer)
         utils.barrier()
-
-
-def write_log(path: Path, entry: Mapping[str, Any]) -> None:
-    """Add an epoch's line; lines of this epoch and later ones are from before a crash and go."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    earlier = [line for line in lines if json.loads(line)["epoch"] < entry["epoch"]]
-    with atomic_write(path) as file:
-        file.writelines(f"{line}\n" for line in [*earlier, json.dumps(dict(entry))])

@@ -1,15 +1,15 @@
 """The contract between the engine and a task. The engine knows nothing else of a task.
 
-A record is a plain dict with the row number of its example. Evaluation gathers the records of all processes, keeps one
-per row, and only then computes metrics: the result does not depend on the number of processes.
+Evaluation asks the model about each example (`predict_step`), brings the answers of all processes together as columns,
+one entry per row of the data set, and only then scores them (`score`): the result does not depend on the number of
+processes, and scores can be tested without a model.
 """
 
 from __future__ import annotations
 
 import abc
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -17,115 +17,82 @@ from torch import Tensor, nn
 from beit3.data.augmentation import EvalTransform, TrainTransform
 from beit3.data.image_text import ImageTextDataset
 from beit3.data.tokenizer import Tokenizer
+from tasks.settings import DataSettings, TaskSettings
 
-Record = dict[str, Any]
+# What was predicted: name → one entry per example, a tensor (N, …) on the CPU or a list. "row" (N,) is always there.
+Columns = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class TaskSettings:
-    """What a task is told, from the command line.
+class Scores:
+    """What a split's predictions are worth.
 
     Attributes:
-        data_path: the folder with pictures and index files.
-        sentencepiece_model: the `.spm` file.
-        image_size: side of the square pictures, pixels.
-        vocab_size: rows of the model's token table.
-        num_max_bpe_tokens: longest text with `<s>` and `</s>`.
-        split: what `--eval` predicts on.
-        randaug, train_interpolation, crop_scale, seed: of the training pictures.
-        captioning_mask_prob … captions_per_image: of captioning; see the command line's help.
+        metrics: name → value, the task's `best_metric` among them; empty when the right answers are not known.
+        report: all of it in values that JSON knows; None when the right answers are not known.
+        lines: the report as a person reads it.
+        files: what else is kept, name without ending → JSON content.
     """
 
-    data_path: Path
-    sentencepiece_model: Path
-    image_size: int
-    vocab_size: int
-    num_max_bpe_tokens: int
-    split: str
-    randaug: bool
-    train_interpolation: str
-    crop_scale: tuple[float, float]
-    seed: int
-    captioning_mask_prob: float = 0.6
-    drop_worst_ratio: float = 0.2
-    drop_worst_after: int = 12000
-    num_beams: int = 3
-    length_penalty: float = 0.6
-    label_smoothing: float = 0.1
-    captions_per_image: int = 1
+    metrics: dict[str, float] = field(default_factory=dict)
+    report: dict[str, Any] | None = None
+    lines: Sequence[str] = ()
+    files: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Task(abc.ABC):
-    """One thing BEiT-3 is fine-tuned for: what to load, how to score, what to write."""
+    """One thing BEiT-3 is fine-tuned for: what to load, how to learn, how to score, what to write.
 
-    name: ClassVar[str]
-    model_suffix: ClassVar[str]
-    best_metric: ClassVar[str]
-    id_key: ClassVar[str]
+    settings: of the task's own class, see `tasks.settings.TaskSettings`. tokenizer: None for a task without text.
+    """
+
+    best_metric: ClassVar[str]  # the larger, the better
     causal_text: ClassVar[bool] = False  # how its model calls the encoder
-    generates: ClassVar[bool] = False  # evaluates by more than forward passes of the whole model
-    trains_as: ClassVar[str]  # name under which checkpoints are kept: tasks of the same name can use each other's
-    splits: ClassVar[tuple[str, ...]]
     image_mean: ClassVar[float] = 0.5
     image_std: ClassVar[float] = 0.5
 
-    def __init__(self, settings: TaskSettings) -> None:
-        self.settings = settings
+    def __init__(self, settings: Any, data: DataSettings, tokenizer: Tokenizer | None) -> None:
+        self.settings: Any = settings
+        self.data = data
+        self._tokenizer = tokenizer
 
-    def check(self, training: bool) -> list[str]:
-        """Mistakes that can be seen before anything is loaded, one sentence each; empty when all is well."""
-        settings, problems = self.settings, []
-        if not settings.data_path.is_dir():
-            problems.append(f"--data_path {settings.data_path}: no such folder")
-        if settings.num_max_bpe_tokens < 3:
-            problems.append(
-                f"--num_max_bpe_tokens {settings.num_max_bpe_tokens}: at least 3 are needed, <s>, a token and </s>"
-            )
-        if not training and settings.split not in self.splits:
-            problems.append(f"--split {settings.split}: {self.name} has {', '.join(self.splits)}")
-        return problems
+    @property
+    def name(self) -> str:
+        return self.settings.name
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer of the command line."""
-        if not hasattr(self, "_tokenizer"):
-            self._tokenizer = Tokenizer(self.settings.sentencepiece_model)
+        assert self._tokenizer is not None, f"{self.name} has no text"
         return self._tokenizer
-
-    @classmethod
-    @abc.abstractmethod
-    def make_index(cls, data_path: Path, tokenizer: str) -> None:
-        """Make the index files in `data_path` from the official annotations, unless they are there."""
-
-    @abc.abstractmethod
-    def model_options(self, state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
-        """Keyword arguments of the model beside the common ones, given the weights that will be loaded into it."""
-
-    @abc.abstractmethod
-    def describe(self) -> dict[str, Any]:
-        """What the head means, in plain values; stored in every checkpoint."""
-
-    @abc.abstractmethod
-    def adopt(self, description: Mapping[str, Any]) -> None:
-        """Take over what a checkpoint says of its head; called before prediction. Empty for files made elsewhere."""
 
     @abc.abstractmethod
     def dataset(self, split: str, training: bool) -> ImageTextDataset:
-        """The examples of a split ("train", "val", or one of `splits`); `training` adds the augmentation."""
+        """The examples of a split ("train", "val", or one of `settings.splits`); `training` adds the augmentation."""
 
     def transform(self, training: bool) -> EvalTransform | TrainTransform:
         """File → uint8 picture (3, S, S), with or without augmentation."""
-        settings = self.settings
+        data = self.data
         if not training:
-            return EvalTransform(settings.image_size)
-        return TrainTransform(settings.image_size, settings.train_interpolation, settings.randaug, settings.crop_scale)
+            return EvalTransform(data.input_size)
+        return TrainTransform(data.input_size, data.train_interpolation, data.randaug, data.crop_scale)
+
+    def model_options(self, state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Keyword arguments of the model beside the common ones, given the weights that will be loaded into it."""
+        return {}
+
+    def describe(self) -> dict[str, Any]:
+        """What the head means, in plain values; stored in every checkpoint."""
+        return {}
+
+    def adopt(self, description: Mapping[str, Any]) -> None:  # noqa: B027  a head may mean nothing of its own
+        """Take over what a checkpoint says of its head; called before prediction. Empty for files made elsewhere."""
 
     def text_tokens(self) -> int:
         """Tokens of text that go through the encoder with each training picture, at most."""
-        return self.settings.num_max_bpe_tokens
+        return self.data.num_max_bpe_tokens if self.settings.uses_text else 0
 
     @abc.abstractmethod
-    def output_values(self) -> int:
+    def output_values(self, model: Any) -> int:
         """Values that the model gives out for each training picture, at most."""
 
     @abc.abstractmethod
@@ -133,31 +100,31 @@ class Task(abc.ABC):
         """{"loss": (), and whatever else is worth a line in the log}."""
 
     @abc.abstractmethod
-    def evaluation_step(self, model: nn.Module, batch: dict[str, Tensor]) -> list[Record]:
-        """One record per example, each with its "row"."""
+    def predict_step(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Any]:
+        """What the model says of a batch: columns, tensors (B, …) or lists. Sees no label and no row number."""
 
     @abc.abstractmethod
-    def metrics(self, records: Sequence[Record]) -> dict[str, float]:
-        """Scores of a whole split, `best_metric` among them; empty when nothing is known of the right answers."""
+    def score(self, columns: Columns, dataset: ImageTextDataset, split: str, final: bool) -> Scores:
+        """Score a split's predictions, once.
 
-    def validation_files(self, records: Sequence[Record], epoch: int) -> dict[str, Any]:
-        """What is kept of the validation after an epoch beside its scores: name of the file → JSON content."""
-        return {}
+        final: after a prediction (`--eval`), with what takes long or needs the official files; False: after an epoch.
+        """
 
-    @abc.abstractmethod
-    def submission(self, records: Sequence[Record]) -> list[dict[str, Any]]:
-        """What the evaluation server wants."""
+    def submission(self, columns: Columns, dataset: ImageTextDataset, split: str) -> list[dict[str, Any]] | None:
+        """What the evaluation server wants; None for a task that has no server."""
+        return None
 
-    @abc.abstractmethod
-    def report(self, records: Sequence[Record]) -> dict[str, Any] | None:
-        """Official scores of a predicted split, None where its annotations are not there."""
+    def submission_file(self, split: str) -> str:
+        """Name of the submission, without its ending."""
+        return f"submit_{self.name}_{split}"
 
-    def report_lines(self, report: Mapping[str, Any]) -> list[str]:
-        """The report as a person reads it."""
-        return [f"{key}: {value}" for key, value in report.items()]
+    def report_file(self, split: str) -> str:
+        """Name of the report, without its ending."""
+        return f"{self.name}_result_{split}"
 
-    def submission_file(self) -> str:
-        return f"submit_{self.name}_{self.settings.split}.json"
 
-    def report_file(self) -> str:
-        return f"{self.name}_result_{self.settings.split}.json"
+def make_task(settings: TaskSettings, data: DataSettings, tokenizer: Tokenizer | None) -> Task:
+    """The task whose settings these are."""
+    from tasks import imported
+
+    return imported(settings.task)(settings, data, tokenizer)

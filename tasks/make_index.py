@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from beit3.system.errors import InputError
-from tasks import TASKS
+from tasks import TASKS, settings_of
 
 
 def main(task_name: str, data_path: str, tokenizer_path: str) -> int:
@@ -18,7 +18,7 @@ def main(task_name: str, data_path: str, tokenizer_path: str) -> int:
             raise InputError(f"task {task_name} is not there yet; there is {', '.join(TASKS)}")
         if not Path(tokenizer_path).is_file():
             raise InputError(f"{tokenizer_path}: no such tokenizer file")
-        TASKS[task_name].make_index(Path(data_path), tokenizer_path)
+        settings_of(task_name).make_index(Path(data_path), tokenizer_path)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

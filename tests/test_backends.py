@@ -9,12 +9,12 @@ import timm
 import torch
 
 import modeling_finetune  # noqa: F401
-from beit3.model.losses import soft_answer_loss
 from beit3.training.backends import BackendSettings, PlainBackend, choose_precision
 from beit3.training.deepspeed_backend import DeepSpeedBackend, engine_config
 from beit3.training.ema import ModelEma, applied_to
 from engine_for_finetuning import _spread_nan
 from optim_factory import create_optimizer, parameter_groups, set_learning_rate
+from tasks.vqav2.task import soft_answer_loss
 from tests import reference
 from tests.workers import run_processes
 

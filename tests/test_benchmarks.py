@@ -12,11 +12,11 @@ import torch
 from beit3.data.augmentation import OPERATIONS, EvalTransform, TrainTransform
 from beit3.data.images import normalize
 from beit3.data.tokenizer import Tokenizer
-from beit3.model.losses import masked_token_losses
 from benchmarks import gpu, memory, models, peers, pictures, questions
 from benchmarks.table import Line, Reach, Row, Settings, interleave, read_sections, run_row, write_sections
 from modeling_finetune import HEADS
 from tasks.captioning.generation import generate
+from tasks.captioning.losses import masked_token_losses
 from tests import reference
 from tests.test_generation import MASK, small_model
 

@@ -10,10 +10,10 @@ import torch
 from torch.utils.data import DataLoader
 
 from beit3.model.encoder import EncoderConfig
-from beit3.model.losses import masked_token_losses
 from beit3.system.errors import InputError
 from datasets import CaptioningDataset, EpochSampler, build_loader, mask_caption
 from modeling_finetune import BEiT3ForCaptioning
+from tasks.captioning.losses import masked_token_losses
 from tests import reference
 
 PICTURE = "train2014/COCO_train2014_{:012d}.jpg"

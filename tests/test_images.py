@@ -112,6 +112,16 @@ def test_the_content_tells_the_format_and_the_name_is_of_no_account(tmp_path, na
     assert screen_images([name], tmp_path) == []
 
 
+def test_a_ycck_jpeg_has_pillows_pixels(tmp_path):
+    path = _save(tmp_path / "a.jpg", _gradient().convert("CMYK"))
+    content = bytearray(path.read_bytes())
+    content[content.index(b"Adobe") + 11] = 2  # the note of Adobe's that says YCCK instead of CMYK
+    as_cmyk = decode_image(path)
+    path.write_bytes(content)
+    assert np.array_equal(decode_image(path).numpy(), _by_pillow(path))
+    assert not torch.equal(decode_image(path), as_cmyk)
+
+
 @pytest.mark.skipif(not features.check("avif"), reason="Pillow was built without AVIF")
 def test_avif_is_read_under_any_name(tmp_path):
     path = _save(tmp_path / "a.jpg", _gradient(), format="AVIF")

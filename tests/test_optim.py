@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from beit3.model.losses import drop_worst, masked_token_losses, soft_answer_loss
 from optim_factory import cosine_schedule, create_optimizer, layer_id, lr_scale, parameter_groups, set_learning_rate
+from tasks.captioning.losses import drop_worst, masked_token_losses
+from tasks.vqav2.task import soft_answer_loss
 from tests import reference
 
 

@@ -10,7 +10,7 @@ import functools
 import logging
 import os
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -23,11 +23,13 @@ from beit3.system.errors import BadImageError
 
 logger = logging.getLogger(__name__)
 
-# (path, (seed, epoch, row)) → uint8 (3, H, W): decodes the picture and augments it, the same way for the same key.
-Transform = Callable[[str, tuple[int, int, int]], Tensor]
+# (path, key) → uint8 (3, H, W): decodes the picture and augments it, the same way for the same key.
+Transform = Callable[[str, tuple[int, ...]], Tensor]
 Item = dict[str, Any]
 
 MAX_SUBSTITUTES = 10  # where so many pictures drawn at random are bad, the data needs mending
+# The last number of a key (seed, epoch, row, use) tells what is drawn: none for a row's first picture.
+CAPTION_MASK, SUBSTITUTE, FURTHER_PICTURE = 1, 2, 3
 TEXT_MULTIPLE = 8  # batches are as long as their longest text, rounded up: few lengths, friendly to matrix units
 
 
@@ -38,6 +40,8 @@ class ImageTextDataset(Dataset[Item]):
     num_max_bpe_tokens: length of the longest text, `<s>` and `</s>` included. image_path: the folder that the pictures'
     paths start from; None: data_path.
     """
+
+    picture_columns: ClassVar[tuple[str, ...]] = ("image_path",)  # of the table
 
     def __init__(
         self,
@@ -86,8 +90,8 @@ class ImageTextDataset(Dataset[Item]):
         self.check_row(row)
         if not self.skip_bad_images:
             return self.example(row)
-        # The last number tells this use of the key from that of the picture's augmentation.
-        others = np.random.default_rng([self.seed, self.epoch, row, 2]).integers(len(self), size=MAX_SUBSTITUTES)
+        rng = np.random.default_rng([self.seed, self.epoch, row, SUBSTITUTE])
+        others = rng.integers(len(self), size=MAX_SUBSTITUTES)
         for tries, candidate in enumerate([row, *others.tolist()]):
             try:
                 return {**self.example(candidate), "bad_images": tries}
@@ -111,14 +115,18 @@ class ImageTextDataset(Dataset[Item]):
 
     def image_paths(self) -> list[str]:
         """The distinct pictures, relative to `image_path`."""
-        texts = self.table["image_path"].texts
-        return [texts[number].tobytes().decode() for number in range(len(texts))]
+        columns = [self.table[name].texts for name in self.picture_columns]
+        return list(dict.fromkeys(text.tobytes().decode() for texts in columns for text in texts))
 
-    def load_image(self, row: int, column: str = "image_path") -> Tensor:
-        """The transformed picture of a row, uint8 (3, H, W). Raises BadImageError naming file, row and index line."""
-        path = os.path.join(self.image_path, self.table[column][row])
+    def load_image(self, row: int, number: int = 0) -> Tensor:
+        """The transformed picture of a row, uint8 (3, H, W). Raises BadImageError naming file, row and index line.
+
+        number: of the picture in its row, see `picture_columns`; the pictures of a row are drawn for independently.
+        """
+        path = os.path.join(self.image_path, self.table[self.picture_columns[number]][row])
+        key = (self.seed, self.epoch, row)
         try:
-            return self.transform(path, (self.seed, self.epoch, row))
+            return self.transform(path, key if number == 0 else (*key, FURTHER_PICTURE, number))
         except Exception as error:  # whatever decoders throw, and the transform belongs to the caller
             reason = str(error) if path in str(error) else f"{path}: {error or type(error).__name__}"
             raise BadImageError(f"{reason} (row {row}, {self.table.place(row)})") from error

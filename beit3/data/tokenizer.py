@@ -37,15 +37,17 @@ _SPACE_MARK = "\u2581"  # how SentencePiece writes a space
 class Tokenizer:
     """Turns text into token ids and back.
 
-    path: a SentencePiece file such as the released `beit3.spm` (64002 ids, `<mask>` 64001). Raises InputError when
-    it is missing or is not a SentencePiece model with `<unk>`, `<s>`, `</s>` as its first pieces.
+    source: a SentencePiece file such as the released `beit3.spm` (64002 ids, `<mask>` 64001), or its content. Raises
+    InputError when it is missing or is not a SentencePiece model with `<unk>`, `<s>`, `</s>` as its first pieces.
+    `content` holds the file's bytes, `sha256` their hash.
     """
 
     bos_id, pad_id, eos_id, unk_id = BOS_ID, PAD_ID, EOS_ID, UNK_ID
 
-    def __init__(self, path: str | os.PathLike[str]):
-        self.path = os.fspath(path)
-        self.model, self.sha256 = _load_model(self.path)
+    def __init__(self, source: str | os.PathLike[str] | bytes):
+        self.path = "of the checkpoint" if isinstance(source, bytes) else os.fspath(source)
+        self.content = source if isinstance(source, bytes) else _read(self.path)
+        self.model, self.sha256 = _load_model(self.path, self.content)
         self.vocab_size: int = self.model.get_piece_size() + 2  # <pad> and <mask> are not in the file
         self.mask_id: int = self.vocab_size - 1
         self._id_of_piece = [UNK_ID, *range(2, self.model.get_piece_size() + 1)]
@@ -167,13 +169,16 @@ def _same_vocabulary(ours: Tokenizer, theirs: Any) -> bool:
     return len(theirs) == ours.vocab_size and added == ours._special_ids
 
 
-def _load_model(path: str) -> tuple[sentencepiece.SentencePieceProcessor, str]:
-    """The model in the file, and the SHA-256 of the file in hexadecimal."""
+def _read(path: str) -> bytes:
     try:
         with open(path, "rb") as file:
-            content = file.read()
+            return file.read()
     except OSError as error:
         raise InputError(f"{path}: cannot read the SentencePiece model ({error.strerror}); give beit3.spm") from None
+
+
+def _load_model(path: str, content: bytes) -> tuple[sentencepiece.SentencePieceProcessor, str]:
+    """The model in the file, and the SHA-256 of the file in hexadecimal."""
     model = sentencepiece.SentencePieceProcessor()
     try:
         model.load_from_serialized_proto(content)

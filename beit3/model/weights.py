@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from beit3.model.description import MODEL_FILE, TOKENIZER_FILE
 from beit3.model.untrusted import (
     SAFETENSORS,
     check_file,
@@ -34,11 +35,11 @@ logger = logging.getLogger(__name__)
 POSITION_TABLE = "beit3.encoder.embed_positions.A.weight"
 # Rows of the image position table that belong to no patch: two unused ones and the class token.
 LEADING_ROWS = 3
-MODEL_FILE = "model.safetensors"
 _UNSEALED = "0" * 64  # as long as a SHA-256 in hexadecimal
 DEEPSPEED_FILE = "mp_rank_00_model_states.pt"
 HUGGING_FACE_FILE = "pytorch_model.bin"
 MODEL_KEY = "model|module"  # where a `.pth` keeps its state dict unless the user says otherwise
+MAX_TOKENIZER = 1 << 26  # bytes; beit3.spm has 1.4 million
 # A float of 8 bits means something only together with a scale that stands elsewhere.
 USABLE_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -52,12 +53,14 @@ class Checkpoint:
         description: what the model is and what its head means (see `tasks`); empty for files made elsewhere.
         path: the file that the weights came from.
         prefix: what stood before the model's own names in the file and was taken off, such as "module.".
+        tokenizer: content of the tokenizer's file, where a `.pth` holds one.
     """
 
     state_dict: dict[str, Tensor]
     description: dict[str, Any]
     path: Path
     prefix: str = ""
+    tokenizer: bytes | None = None
 
 
 @dataclass
@@ -168,6 +171,7 @@ def read_checkpoint(path: str | Path, model_key: str = MODEL_KEY, prefix: str = 
     file = find_weights(Path(path))
     check_file(file)
     state_dict: Mapping[Any, Any]
+    tokenizer = None
     if kind_of(file) == SAFETENSORS:
         state_dict, metadata = read_safetensors(file)
         description = _parsed(metadata.get("description", "{}"), file)
@@ -176,7 +180,7 @@ def read_checkpoint(path: str | Path, model_key: str = MODEL_KEY, prefix: str = 
         if not isinstance(content, Mapping):
             refuse(file, f"holds a {type(content).__name__}, wanted a state dict")
         description = {} if content.get("description") is None else content["description"]
-        state_dict = _state_dict_in(content, model_key, file)
+        state_dict, tokenizer = _state_dict_in(content, model_key, file), _tokenizer_in(content, file)
     check_plain(description, file, "description")
     tensors = {
         f"{prefix}{name}": value
@@ -187,7 +191,7 @@ def read_checkpoint(path: str | Path, model_key: str = MODEL_KEY, prefix: str = 
         refuse(file, "holds no tensor")
     check_sizes(tensors, file)
     foreign = "" if prefix else _prefix_of(tensors, file)
-    return Checkpoint(_without_prefix(tensors, foreign, file), dict(description), file, foreign)
+    return Checkpoint(_without_prefix(tensors, foreign, file), dict(description), file, foreign, tokenizer)
 
 
 def _parsed(text: str, file: Path) -> Any:
@@ -256,22 +260,43 @@ def _listed(names: Sequence[str], most: int = 6, width: int = 60) -> str:
     return shown + (f", … ({len(names)} in all)" if len(names) > most else "")
 
 
-def write_weights(path: Path, state_dict: Mapping[str, Tensor], description: Mapping[str, Any]) -> None:
-    """Write weights with their description, complete or not at all.
+def write_weights(
+    path: Path, state_dict: Mapping[str, Tensor], description: Mapping[str, Any], tokenizer: bytes | None = None
+) -> None:
+    """Write weights with their description and the tokenizer's file, complete or not at all.
 
-    A path ending in `.pth` becomes one torch file with `model` and `description`; any other path a folder that holds
-    one safetensors file, so that replacing it is one rename.
+    A path ending in `.pth` becomes one torch file with `model`, `description` and `tokenizer`; any other path a folder
+    with a safetensors file, which is what tells that the folder is a checkpoint, and beside it the tokenizer.
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()}
     if path.suffix == ".pth":
         with atomic_write(path, "wb") as file:
-            torch.save({"model": tensors, "description": dict(description)}, file)
+            held = {} if tokenizer is None else {"tokenizer": as_tensor(tokenizer)}
+            torch.save({"model": tensors, "description": dict(description), **held}, file)
         return
     path.mkdir(parents=True, exist_ok=True)
+    if tokenizer is not None:
+        with atomic_write(path / TOKENIZER_FILE, "wb") as file:
+            file.write(tokenizer)
     with atomic_write(path / MODEL_FILE, "wb") as file:
         metadata = {"format": "pt", "description": json.dumps(dict(description)), "sha256": _UNSEALED}
         save_file(tensors, file.name, metadata=metadata)
         _seal_safetensors(Path(file.name))
+
+
+def as_tensor(content: bytes) -> Tensor:
+    """A file's content as uint8 (N,), the way in which a torch file can hold it that is read without running code."""
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8)
+
+
+def _tokenizer_in(content: Mapping[Any, Any], file: Path) -> bytes | None:
+    """The tokenizer that `write_weights` put into a `.pth` file."""
+    held = content.get("tokenizer")
+    if held is None:
+        return None
+    if not isinstance(held, Tensor) or held.dtype != torch.uint8 or held.ndim != 1 or held.numel() > MAX_TOKENIZER:
+        refuse(file, "holds a tokenizer that is not one of this toolkit")
+    return held.numpy().tobytes()
 
 
 def resize_positions(table: Tensor, rows: int) -> Tensor:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING
 
-import psutil
-import torch
+if TYPE_CHECKING:
+    import torch
 
 
 def cores() -> int:
@@ -17,6 +18,9 @@ def cores() -> int:
 
 def free_memory(device: torch.device) -> float:
     """Bytes that a process can have on a device: on a CPU its share of what is available."""
+    import psutil
+    import torch  # here, so that tokenizing needs no PyTorch
+
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
     return psutil.virtual_memory().available / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

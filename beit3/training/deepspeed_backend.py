@@ -175,7 +175,9 @@ class DeepSpeedBackend:
                 weights = {name: tensor.detach().float().cpu() for name, tensor in self.full_parameters()}
                 dist.barrier()  # every process has written its part
                 if dist.get_rank() == 0:
-                    write_weights(aside, weights, extra["description"])
+                    held = extra.get("tokenizer")
+                    tokenizer = None if held is None else held.numpy().tobytes()
+                    write_weights(aside, weights, extra["description"], tokenizer)
                     with atomic_write(aside / "deepspeed_config.json") as file:
                         json.dump(self.config, file, indent=2)
                     write_manifest(aside, extra["fingerprint"])

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from beit3.data.image_text import ImageTextDataset, Item, Transform, pad_text
+from beit3.data.image_text import CAPTION_MASK, ImageTextDataset, Item, Transform, pad_text
 from beit3.data.index_table import IntField, PathField, RaggedArray, TokenField, read_index
 from beit3.data.tokenizer import UNK_ID
 from beit3.system.errors import InputError
@@ -99,7 +99,7 @@ class CaptioningDataset(ImageTextDataset):
 
     def _mask(self, line: int, token_ids: Tensor) -> tuple[Tensor, Tensor]:
         # The last number tells this use of the key from that of the picture's augmentation.
-        rng = np.random.default_rng([self.seed, self.epoch, line, 1])
+        rng = np.random.default_rng([self.seed, self.epoch, line, CAPTION_MASK])
         return mask_caption(token_ids, self.mask_prob, self.mask_id, self.vocab_size, rng)
 
     @property
@@ -179,9 +179,9 @@ def collate_captions(items: Sequence[Item], num_max_bpe_tokens: int) -> dict[str
 
     Returns "image" uint8 (B, 3, H, W); "image_id" and "row" int64 (B,). In training also, for B*N texts, those of
     picture i in rows i*N … i*N+N-1 (N: the most captions that an item has; a row of nothing but padding stands for one
-    that is not there): "token_ids" and "masked_ids" int64 (B*N, T), "padding_mask" and "language_masked_pos" bool
-    (B*N, T); "masked_index" int64 (n,), the masked positions as numbers in the flattened texts, and "targets" int64
-    (n,), the tokens that belong there.
+    that is not there): "token_ids" and "masked_ids" int64 (B*N, T), "padding_mask" bool (B*N, T); "masked_index"
+    int64 (n,), the masked positions as numbers in the flattened texts, and "targets" int64 (n,), the tokens that belong
+    there.
     """
     batch = {
         "image": torch.stack([item["image"] for item in items]),
@@ -197,10 +197,10 @@ def collate_captions(items: Sequence[Item], num_max_bpe_tokens: int) -> dict[str
     )
     batch["token_ids"], batch["padding_mask"] = pad_text(texts, num_max_bpe_tokens)
     batch["masked_ids"], _ = pad_text(masked, num_max_bpe_tokens)
-    batch["language_masked_pos"] = torch.zeros_like(batch["padding_mask"])
+    chosen = torch.zeros_like(batch["padding_mask"])  # True = hidden
     for number, item in enumerate(items):
         for text, positions in enumerate(item["language_masked_pos"], start=number * most):
-            batch["language_masked_pos"][text, : len(positions)] = positions
-    batch["masked_index"] = batch["language_masked_pos"].flatten().nonzero().squeeze(1)
+            chosen[text, : len(positions)] = positions
+    batch["masked_index"] = chosen.flatten().nonzero().squeeze(1)
     batch["targets"] = batch["token_ids"].flatten()[batch["masked_index"]]
     return batch

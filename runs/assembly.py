@@ -1,0 +1,196 @@
+"""The parts of a run, each made from the settings by one function."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from contextlib import nullcontext
+from typing import Any
+
+import timm
+import torch
+from torch.utils.data import DataLoader
+
+import modeling_finetune  # noqa: F401  registers the models
+import utils
+from beit3.data.image_text import ImageTextDataset
+from beit3.data.images import screen_images
+from beit3.data.loading import EpochSampler, EvaluationSampler, build_loader
+from beit3.data.tokenizer import Tokenizer
+from beit3.model.compilation import compile_layers
+from beit3.model.description import FORMAT
+from beit3.model.weights import Checkpoint, load_weights, read_checkpoint
+from beit3.system.errors import InputError
+from beit3.training.backends import DTYPES, Backend, BackendSettings, PlainBackend, choose_precision
+from beit3.training.memory_estimate import GIGABYTE, training_demand
+from modeling_finetune import BEiT3Model
+from optim_factory import cosine_schedule, create_optimizer, parameter_groups
+from runs.settings import Settings
+from tasks.base import Task, make_task
+
+logger = logging.getLogger(__name__)
+
+
+def build_task(settings: Settings) -> Task:
+    """The task, with what the checkpoint to predict with says of its head."""
+    tokenizer = None if settings.tokenizer is None else Tokenizer(settings.tokenizer)
+    task = make_task(settings.task, settings.data, tokenizer)
+    if settings.checkpoint is not None:
+        task.adopt(settings.checkpoint.description)
+    return task
+
+
+def read_weights(settings: Settings) -> Checkpoint | None:
+    """The weights to start from or to predict with; None where none are named."""
+    if settings.checkpoint is not None and settings.checkpoint.weights is not None:
+        return settings.checkpoint.weights
+    named = settings.model.finetune or (settings.run.resume if settings.run.eval else "")
+    return read_checkpoint(named, settings.model.model_key, settings.model.model_prefix) if named else None
+
+
+def build_model(settings: Settings, task: Task, checkpoint: Checkpoint | None, device: torch.device) -> BEiT3Model:
+    """The model on the CPU, with the checkpoint's weights in it if there is one; its layers compiled if asked for."""
+    model_settings = settings.model
+    utils.seed_everything(settings.data.seed)
+    model: Any = timm.create_model(
+        settings.model_name,
+        vocab_size=model_settings.vocab_size,
+        drop_path_rate=model_settings.drop_path,
+        checkpoint_activations=model_settings.checkpoint_activations,
+        **task.model_options({} if checkpoint is None else checkpoint.state_dict),
+    )
+    if checkpoint is not None:
+        report = load_weights(model, checkpoint, new_head=not settings.run.eval)
+        logger.info("%s: %s", checkpoint.path, report)
+    if model_settings.compile and settings.run.eval:
+        logger.info("--compile is for training; prediction runs without")
+    elif model_settings.compile:
+        compile_layers(model.beit3, device)
+    return model
+
+
+def describe(settings: Settings, task: Task, data: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint says of itself, so that prediction needs no flag and no other file. data: digests."""
+    tokenizer = {"tokenizer_sha256": task.tokenizer.sha256} if settings.task.uses_text else {}
+    return {
+        "format": FORMAT,
+        "model": settings.model_name,
+        "task": settings.task.trains_as,
+        "image_size": settings.data.input_size,
+        "vocab_size": settings.model.vocab_size,
+        "num_max_bpe_tokens": settings.data.num_max_bpe_tokens,
+        **tokenizer,
+        **task.describe(),
+        "flags": settings.flags(),
+        "data": data,
+    }
+
+
+def training_sampler(settings: Settings, dataset: ImageTextDataset, process: utils.Process) -> EpochSampler:
+    optimizer = settings.optimizer
+    return EpochSampler(
+        len(dataset),
+        optimizer.batch_size,
+        optimizer.update_freq,
+        process.rank,
+        process.world_size,
+        settings.data.seed,
+    )
+
+
+def make_loader(
+    settings: Settings,
+    dataset: ImageTextDataset,
+    sampler: EpochSampler | EvaluationSampler,
+    process: utils.Process,
+) -> DataLoader:
+    pin = settings.data.pin_mem and process.device.type == "cuda"
+    return build_loader(dataset, sampler, settings.data.num_workers, pin, settings.run.timeout)
+
+
+def evaluation_loader(settings: Settings, dataset: ImageTextDataset, process: utils.Process) -> DataLoader:
+    batch_size = settings.optimizer.eval_batch_size or int(1.5 * settings.optimizer.batch_size)
+    sampler = EvaluationSampler(len(dataset), batch_size, process.rank, process.world_size)
+    return make_loader(settings, dataset, sampler, process)
+
+
+def check_pictures(settings: Settings, process: utils.Process, *datasets: ImageTextDataset) -> None:
+    """A quick look at every picture before anything long starts, by the first process for all.
+
+    Raises:
+        InputError: on every process, listing the pictures that cannot be read, but for those that training may skip.
+    """
+    problems: list[str] = []
+    if process.is_main:
+        needed = [dataset for dataset in datasets if not dataset.skip_bad_images]
+        paths = sorted({path for dataset in needed for path in dataset.image_paths()})
+        problems = screen_images(paths, settings.data.image_path or settings.data.data_path)
+    problems = utils.broadcast(problems)
+    if problems:
+        raise InputError(problems)
+
+
+def backend_settings(settings: Settings, process: utils.Process) -> BackendSettings:
+    return BackendSettings(
+        precision=choose_precision(settings.run.precision, process.device),
+        update_freq=settings.optimizer.update_freq,
+        clip_grad=settings.optimizer.clip_grad,
+        batch_size=settings.optimizer.batch_size,
+        zero_stage=settings.deepspeed.zero_stage,
+        initial_scale_power=settings.deepspeed.initial_scale_power,
+        timeout_seconds=settings.run.timeout,
+    )
+
+
+def build_backend(settings: Settings, model: BEiT3Model, process: utils.Process) -> Backend:
+    """Optimizer and what takes its steps: plain PyTorch or DeepSpeed."""
+    o, how = settings.optimizer, backend_settings(settings, process)
+    groups = parameter_groups(model, o.weight_decay, o.layer_decay, o.task_head_lr_weight)
+    optimizer = create_optimizer(groups, o.opt, lr=o.lr, eps=o.opt_eps, betas=o.opt_betas, momentum=o.momentum)
+    if settings.deepspeed.enable_deepspeed:
+        from beit3.training.deepspeed_backend import DeepSpeedBackend
+
+        return DeepSpeedBackend(model, optimizer, how)
+    return PlainBackend(model, optimizer, how)
+
+
+def make_schedule(settings: Settings, steps_per_epoch: int) -> list[float]:
+    """Learning rate of every step of the whole run."""
+    optimizer = settings.optimizer
+    return cosine_schedule(
+        optimizer.lr,
+        optimizer.min_lr,
+        epochs=optimizer.epochs,
+        steps_per_epoch=steps_per_epoch,
+        warmup_epochs=optimizer.warmup_epochs,
+        warmup_steps=optimizer.warmup_steps,
+    )
+
+
+def announce_memory(settings: Settings, task: Task, model: BEiT3Model, process: utils.Process, room: float) -> None:
+    """Say what the training will take of `room` bytes, and what to do where that is not enough."""
+    deepspeed = settings.deepspeed
+    demand = training_demand(
+        model.beit3.config,
+        model.num_parameters,
+        backend_settings(settings, process),
+        device=process.device.type,
+        text_tokens=task.text_tokens(),
+        output_values=task.output_values(model),
+        causal_text=task.causal_text,
+        zero=deepspeed.enable_deepspeed,
+        world_size=process.world_size,
+        average=settings.model.model_ema and not settings.model.model_ema_force_cpu,
+    )
+    logger.info("memory per process on %s, about %s; %.1f GB are free", process.device.type, demand, room / GIGABYTE)
+    advice = demand.advice(room, deepspeed.zero_stage if deepspeed.enable_deepspeed else 0)
+    if advice is not None:
+        logger.warning("%s", advice)
+
+
+def prediction_context(settings: Settings, process: utils.Process) -> Any:
+    """Makes the context of a forward pass without a backend, in the precision of the run."""
+    precision = choose_precision(settings.run.precision, process.device)
+    if precision == "fp32":
+        return nullcontext
+    return functools.partial(torch.autocast, process.device.type, DTYPES[precision])

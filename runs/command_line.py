@@ -1,0 +1,297 @@
+"""From a command line to `Settings`: help, checks, and what the checkpoint to predict with says. Needs no PyTorch.
+
+So help, and any mistake in the flags, is there at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from beit3.data.tokenizer import Tokenizer
+from beit3.model.description import About, about, answers_at_once
+from beit3.model.names import REGISTERED, name_by_shapes, names_with, pixels_of
+from beit3.system.errors import InputError
+from beit3.system.flags import Flag, Parser, flags_of, unknown_flags, values
+from runs.settings import CONCERNS, TITLES, Settings
+from tasks import PLANNED, TASKS, settings_of
+from tasks.settings import TaskSettings
+
+# Flags of the released command line that do nothing here: values they take, and why.
+WITHOUT_EFFECT = {
+    "--warmup_lr": (1, "the warm-up rises from 0"),
+    "--task_cache_path": (1, "what people wrote lies beside the index"),
+    "--dist_eval": (0, "processes always share the evaluation, each example once"),
+    "--world_size": (1, "the launcher says"),
+    "--local_rank": (1, "the launcher's environment says"),
+    "--local-rank": (1, "the launcher's environment says"),
+    "--deepspeed_config": (1, "the configuration is made from the flags"),
+    "--deepscale": (0, "DeepSpeed's old name"),
+    "--deepscale_config": (1, "DeepSpeed's old name"),
+}
+
+EXAMPLES = """examples:
+  learn VQAv2 from the released weights, on one GPU
+    python3 run_beit3_finetuning.py --task vqav2 --model beit3_base_patch16_480 --input_size 480 \\
+      --finetune beit3_base_patch16_224.pth --sentencepiece_model beit3.spm --data_path /data/coco --output_dir output
+  answer the test questions with what was learned
+    python3 run_beit3_finetuning.py --eval --finetune output/checkpoint-best --data_path /data/coco --output_dir answers
+  the published recipe on eight GPUs
+    DATA_PATH=/data/coco SPM=beit3.spm FINETUNE=beit3_base_patch16_224.pth GPUS=8 bash bash.sh
+"""
+
+
+def read_settings(argv: Sequence[str] | None = None) -> Settings:
+    """The settings that a command line asks for, checked.
+
+    Raises:
+        InputError: listing every mistake.
+        SystemExit: after `--help` or `--help_all`.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if {"--help", "-h", "--help_all"} & set(argv):
+        print(help_text(whole="--help_all" in argv))
+        raise SystemExit(0)
+    return _Reader(argv).settings()
+
+
+def help_text(whole: bool) -> str:
+    """What `--help` (what one needs to start) and `--help_all` (every flag) print."""
+    parser = Parser(
+        usage="run_beit3_finetuning.py --task TASK --model NAME [flags], torchrun in front for several processes",
+        description="Fine-tune BEiT-3 for a task, or predict with what was learned.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    group = parser.add_argument_group("task")
+    group.add_argument("--task", metavar="{" + ",".join(TASKS) + "}", help="what to fine-tune for, or to predict")
+    group.add_argument("--help", action="store_true", help="what one needs to start")
+    group.add_argument("--help_all", action="store_true", help="every flag")
+    for concern, settings in CONCERNS.items():
+        group = parser.add_argument_group(TITLES[concern])
+        for each in flags_of(settings):
+            if whole or each.facts.essential:
+                each.add_to(group)
+    for names, own in _own_flags().items() if whole else ():
+        group = parser.add_argument_group(f"--task {' and '.join(names)}")
+        for each in own:
+            each.add_to(group)
+    return parser.format_help()
+
+
+def _own_flags() -> dict[tuple[str, ...], list[Flag]]:
+    """Flags that only some tasks have: names of these tasks → the flags they share."""
+    owners: dict[str, list[str]] = {}
+    found: dict[str, Flag] = {}
+    for task in TASKS:
+        for each in flags_of(settings_of(task)):
+            owners.setdefault(each.name, []).append(task)
+            found[each.name] = each
+    groups: dict[tuple[str, ...], list[Flag]] = {}
+    for name, tasks in owners.items():
+        groups.setdefault(tuple(tasks), []).append(found[name])
+    return groups
+
+
+class _Reader:
+    """One command line on its way to `Settings`; `problems` collects every mistake."""
+
+    def __init__(self, argv: Sequence[str]) -> None:
+        self.problems: list[str] = []
+        parser = Parser()
+        parser.add_argument("--task", dest="task")
+        for settings in CONCERNS.values():
+            for each in flags_of(settings):
+                each.add_to(parser)
+        for flags in _own_flags().values():
+            for each in flags:
+                each.add_to(parser)
+        for name, (count, _) in WITHOUT_EFFECT.items():
+            parser.add_argument(name, dest=name, action="store" if count else "store_true", default=None)
+        for planned in PLANNED.values():
+            for name in planned:
+                parser.add_argument(f"--{name}", dest=f"planned {name}", nargs="*", default=None)
+        parsed, left_over = parser.parse_known_args(list(argv))
+        known = [option for action in parser._actions for option in action.option_strings]
+        self.problems += unknown_flags(left_over, known)
+        self.given = {name: value for name, value in vars(parsed).items() if value is not None}
+        self.ignored = tuple(f"{name}: {why}" for name, (_, why) in WITHOUT_EFFECT.items() if name in self.given)
+
+    def settings(self) -> Settings:
+        read = {concern: values(settings, self.given, self.problems) for concern, settings in CONCERNS.items()}
+        checkpoint = self._checkpoint(read) if read["run"].get("eval") else None
+        task = self._task(checkpoint)
+        if task is None:
+            raise InputError(self.problems)
+        self._refuse_flags_of_other_tasks(task)
+        own = values(task, self.given, self.problems)
+        if checkpoint is not None:
+            self._take_over(checkpoint, task, read, own)
+        if "input_size" not in read["data"] and "model" in read["model"]:
+            read["data"] |= _size_by_name(read["model"]["model"].removesuffix(f"_{task.model_suffix}"), task)
+        settings = Settings(
+            task(**own),
+            **{concern: CONCERNS[concern](**read[concern]) for concern in CONCERNS},
+            checkpoint=checkpoint,
+            ignored=self.ignored,
+        )
+        settings = replace(settings, tokenizer=self._tokenizer(settings))
+        self.problems += _problems(settings)
+        if self.problems:
+            raise InputError(self.problems)
+        return settings
+
+    def _checkpoint(self, read: Mapping[str, Mapping[str, Any]]) -> About | None:
+        """What the checkpoint to predict with says of itself."""
+        named = read["model"].get("finetune") or read["run"].get("resume")
+        if not named:
+            self.problems.append("--eval needs a checkpoint: --finetune FILE")
+            return None
+        if not Path(named).exists():
+            return None  # told with the other files that are missing
+        if self.problems and answers_at_once(Path(named)) is None:
+            return None  # what is wrong already need not wait for PyTorch
+        try:
+            keys = (
+                read["model"].get(name, default)
+                for name, default in (("model_key", "model|module"), ("model_prefix", ""))
+            )
+            return about(Path(named), *keys)
+        except InputError as error:
+            self.problems += error.problems
+            return None
+
+    def _task(self, checkpoint: About | None) -> type[TaskSettings] | None:
+        """The settings class of the task; None where there is no telling which."""
+        said = None if checkpoint is None else checkpoint.description.get("task")
+        name = self.given.get("task", said)
+        if name in TASKS:
+            return settings_of(name)
+        if name in PLANNED:
+            self.problems.append(f"--task {name} is not there yet; there is {', '.join(TASKS)}")
+        elif name is None:
+            silent = "" if checkpoint is None else f", because {checkpoint.path} does not say what it is for"
+            self.problems.append(f"--task is needed{silent}: one of {', '.join(TASKS)}")
+        else:
+            self.problems.append(f"--task {name}: one of {', '.join(TASKS)} is wanted")
+        return None
+
+    def _refuse_flags_of_other_tasks(self, task: type[TaskSettings]) -> None:
+        own = {each.name for each in flags_of(task)}
+        for names, flags in _own_flags().items():
+            for each in flags:
+                if each.name in self.given and each.name not in own:
+                    owners = " and ".join(f"--task {name}" for name in names)
+                    self.problems.append(f"--{each.name}: a flag of {owners}; --task {task.name} does not have it")
+        for name, planned in PLANNED.items():
+            self.problems += [
+                f"--{each}: a flag of --task {name}, which is not there yet"
+                for each in planned
+                if f"planned {each}" in self.given
+            ]
+
+    def _take_over(
+        self, checkpoint: About, task: type[TaskSettings], read: dict[str, dict[str, Any]], own: dict[str, Any]
+    ) -> None:
+        """Give flags the values that the checkpoint states; what was given must agree with it."""
+        said, suffix = checkpoint.description, f"_{task.model_suffix}"
+        if said.get("task", task.trains_as) != task.trains_as:
+            self._differs(checkpoint, "task", said["task"], f"--task {task.name}")
+        for values_read, flags in [(read[name], flags_of(CONCERNS[name])) for name in CONCERNS] + [
+            (own, flags_of(task))
+        ]:
+            for each in flags:
+                what = each.facts.said_by
+                if what is None or what not in said:
+                    continue
+                stated = str(said[what]).removesuffix(suffix)
+                try:
+                    value = each.read(stated)
+                except ValueError as error:
+                    self.problems.append(f"{checkpoint.path}: its description says {what} {stated[:80]!r}: {error}")
+                    continue
+                given = values_read.setdefault(each.name, value)
+                if given != value and str(given).removesuffix(suffix) != value:
+                    self._differs(checkpoint, what, value, f"--{each.name} {given}")
+        if not said:
+            _guess(checkpoint, task, read)
+
+    def _differs(self, checkpoint: About, what: str, stated: Any, given: str) -> None:
+        self.problems.append(f"{checkpoint.path}: made with {what} {stated}, the command line says {given}")
+
+    def _tokenizer(self, settings: Settings) -> Path | bytes | None:
+        """The tokenizer of the command line, else the checkpoint's own; told when it does not fit."""
+        checkpoint, file = settings.checkpoint, settings.data.sentencepiece_model
+        if not settings.task.uses_text:
+            return None
+        source = file if file is not None or checkpoint is None else checkpoint.tokenizer
+        if source is None:
+            held = "" if checkpoint is None else f"; {checkpoint.path} holds none"
+            self.problems.append(f"--sentencepiece_model is needed: the tokenizer, beit3.spm{held}")
+            return None
+        if file is not None and not file.is_file():
+            self.problems.append(f"--sentencepiece_model {file}: no such file")
+            return None
+        try:
+            tokenizer = Tokenizer(source)
+        except InputError as error:
+            self.problems += error.problems
+            return None
+        if tokenizer.vocab_size > settings.model.vocab_size:
+            self.problems.append(
+                f"the tokenizer {tokenizer.path} makes ids up to {tokenizer.vocab_size - 1}, the model has "
+                f"--vocab_size {settings.model.vocab_size}: is it the tokenizer of these weights?"
+            )
+        stated = None if checkpoint is None else checkpoint.description.get("tokenizer_sha256")
+        if checkpoint is not None and stated not in (None, tokenizer.sha256):
+            self._differs(
+                checkpoint, "another tokenizer, of SHA-256", str(stated)[:12], f"{file}, {tokenizer.sha256[:12]}"
+            )
+        return source
+
+
+def _size_by_name(name: str, task: type[TaskSettings]) -> dict[str, int]:
+    """`--input_size` where it was not given: that of the model; nothing for a model that is not there."""
+    return {"input_size": pixels_of(name)} if name in names_with(task.model_suffix) else {}
+
+
+def _guess(checkpoint: About, task: type[TaskSettings], read: dict[str, dict[str, Any]]) -> None:
+    """For a checkpoint that says nothing of itself: the model from the shapes, the rest as it was published."""
+    name = name_by_shapes(checkpoint.shapes)
+    if name is not None:
+        read["model"].setdefault("model", name)
+        read["model"].setdefault("vocab_size", checkpoint.shapes["beit3.text_embed.weight"][0])
+    for flag_name, value in task.published.items():
+        for concern, settings in CONCERNS.items():
+            if flag_name in {each.name for each in flags_of(settings)}:
+                read[concern].setdefault(flag_name, value)
+
+
+def _problems(settings: Settings) -> list[str]:
+    """What is wrong among several flags, and files that are not there."""
+    model, run, deepspeed, task = settings.model, settings.run, settings.deepspeed, settings.task
+    problems = []
+    known = names_with(task.model_suffix) if task.model_suffix in REGISTERED else []
+    short = settings.model_name.removesuffix(f"_{task.model_suffix}")
+    if short not in known:
+        problems.append(f"--model {model.model}: unknown for --task {task.name}; one of {', '.join(sorted(known))}")
+    elif settings.data.input_size != pixels_of(short):
+        size = settings.data.input_size
+        problems.append(f"--input_size {size}: {model.model} takes pictures of {pixels_of(short)} pixels")
+    for name, value in (("finetune", model.finetune), ("resume", run.resume)):
+        if value and not Path(value).exists():
+            problems.append(f"--{name} {value}: no such file or folder")
+    if run.eval and not run.output_dir:
+        problems.append("--eval needs --output_dir, where the submission is written")
+    if run.eval and settings.data.split not in task.splits:
+        problems.append(f"--split {settings.data.split}: {task.name} has {', '.join(task.splits)}")
+    if not re.fullmatch(r"auto|cpu|(cuda|mps|xpu)(:\d+)?", run.device):
+        problems.append(f"--device {run.device}: auto, cpu, cuda or cuda:N is wanted")
+    if model.compile and deepspeed.enable_deepspeed and deepspeed.zero_stage == 3:
+        problems.append("--compile: not with --zero_stage 3, which takes the layers' weights apart; use 0, 1 or 2")
+    return problems + settings.data.problems() + task.problems(settings.data, training=not run.eval)

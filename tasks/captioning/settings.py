@@ -1,0 +1,106 @@
+"""Captioning before PyTorch is loaded: its flags, and which files it needs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from beit3.system.flags import flag
+from tasks.captioning.index import (
+    COCO,
+    COCO_SPLITS,
+    KARPATHY_FILE,
+    NOCAPS,
+    NOCAPS_FILES,
+    ground_truth_file,
+    index_file,
+    make_coco_captioning_index,
+    make_nocaps_index,
+)
+from tasks.settings import DataSettings, TaskSettings, missing_index
+
+MIN_TOKENS = 4  # of `--num_max_bpe_tokens`: <s>, a token of the caption, <mask> and </s>
+
+
+@dataclass(frozen=True)
+class CaptioningSettings(TaskSettings):
+    captioning_mask_prob: float = flag(
+        0.6, "share of a caption's tokens hidden", above=0, at_most=1, decides_steps=True
+    )
+    drop_worst_ratio: float = flag(
+        0.2, "share of hidden tokens left out as too hard", at_least=0, below=1, decides_steps=True
+    )
+    drop_worst_after: int = flag(12000, "steps before that begins", at_least=0, decides_steps=True)
+    label_smoothing: float = flag(0.1, "probability spread over other tokens", at_least=0, below=1, decides_steps=True)
+    captions_per_image: int = flag(
+        1, "captions learned in one pass over their picture", at_least=1, at_most=1000, decides_steps=True
+    )
+    num_beams: int = flag(3, "beams of the search; 1 = greedy", at_least=1, at_most=1000)
+    length_penalty: float = flag(0.6, "exponent of the length that divides scores")
+
+    name: ClassVar[str] = COCO
+    task: ClassVar[str] = "tasks.captioning.task:Captioning"
+    trains_as: ClassVar[str] = COCO
+    model_suffix: ClassVar[str] = "captioning"
+    splits: ClassVar[tuple[str, ...]] = ("test", "val")
+    steps_version: ClassVar[int] = 2  # 1: a loss made by hand, which rounded otherwise
+    published: ClassVar[Mapping[str, Any]] = {"num_max_bpe_tokens": 32}
+    source: ClassVar[str] = COCO  # of the pictures that are predicted
+
+    def problems(self, data: DataSettings, training: bool) -> list[str]:
+        problems = []
+        if data.num_max_bpe_tokens < MIN_TOKENS:
+            problems.append(
+                f"--num_max_bpe_tokens {data.num_max_bpe_tokens}: captions need at least {MIN_TOKENS}, for <s>, a "
+                "token, <mask> and </s>"
+            )
+        if data.data_path.is_dir():
+            problems += self._missing_files(data, training)
+        return problems
+
+    def _missing_files(self, data: DataSettings, training: bool) -> list[str]:
+        """Index files, and what validation is scored against."""
+        folder = data.data_path
+        wanted = [(COCO, "train"), (self.source, "val")] if training else [(self.source, data.split)]
+        missing = [(source, split) for source, split in wanted if not (folder / index_file(source, split)).is_file()]
+        makers = {
+            COCO: f'CaptioningDataset.make_coco_captioning_dataset_index(data_path="{folder}", '
+            f'tokenizer=XLMRobertaTokenizer("{data.sentencepiece_model}"))',
+            NOCAPS: f'CaptioningDataset.make_nocaps_captioning_dataset_index(data_path="{folder}")',
+        }
+        calls = [makers[source] for source in dict.fromkeys(source for source, _ in missing)]
+        problems = missing_index(data, [index_file(*each) for each in missing], calls)
+        references = self.reference_files(folder, "val")
+        if training and self.source == COCO and not any(file.is_file() for file in references):
+            problems.append(
+                f"{folder}: validation cannot be scored without {' or '.join(file.name for file in references)}; the "
+                "first is written when the index is made, the second is Karpathy's file"
+            )
+        return problems
+
+    def reference_files(self, folder: Path, split: str) -> list[Path]:
+        """Where the captions people wrote may be, the better first."""
+        return [folder / ground_truth_file(split), folder / KARPATHY_FILE]
+
+    @classmethod
+    def make_index(cls, data_path: Path, tokenizer: str, image_path: Path | None = None) -> None:
+        if not all((data_path / index_file(COCO, split)).is_file() for split in COCO_SPLITS):
+            make_coco_captioning_index(data_path, tokenizer, image_path=image_path)
+
+
+@dataclass(frozen=True)
+class NoCapsSettings(CaptioningSettings):
+    name: ClassVar[str] = NOCAPS
+    task: ClassVar[str] = "tasks.captioning.task:NoCaps"
+    source: ClassVar[str] = NOCAPS
+
+    def reference_files(self, folder: Path, split: str) -> list[Path]:
+        return [folder / NOCAPS_FILES["val"]] if split == "val" else []  # the test's are secret
+
+    @classmethod
+    def make_index(cls, data_path: Path, tokenizer: str, image_path: Path | None = None) -> None:
+        super().make_index(data_path, tokenizer, image_path)
+        if not all((data_path / index_file(NOCAPS, split)).is_file() for split in NOCAPS_FILES):
+            make_nocaps_index(data_path, image_path=image_path)

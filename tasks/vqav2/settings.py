@@ -1,0 +1,51 @@
+"""VQAv2 before PyTorch is loaded: it has no flags of its own; which files it needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from tasks.settings import DataSettings, TaskSettings, missing_index
+from tasks.vqav2.answers import ANSWER_FILE
+from tasks.vqav2.index import index_file, make_vqa_index
+
+# Split → the index files that it is made of.
+SPLIT_FILES = {
+    "train": ("train", "trainable_val"),
+    "val": ("rest_val",),
+    "test": ("test",),
+    "test-dev": ("test-dev",),
+}
+
+
+@dataclass(frozen=True)
+class VQAv2Settings(TaskSettings):
+    name: ClassVar[str] = "vqav2"
+    task: ClassVar[str] = "tasks.vqav2.task:VQAv2"
+    trains_as: ClassVar[str] = "vqav2"
+    model_suffix: ClassVar[str] = "vqav2"
+    splits: ClassVar[tuple[str, ...]] = ("test", "test-dev", "val")
+
+    def problems(self, data: DataSettings, training: bool) -> list[str]:
+        folder = data.data_path
+        if not folder.is_dir():
+            return []
+        splits = ("train", "val") if training else (data.split,)
+        files = [index_file(name) for split in splits for name in SPLIT_FILES.get(split, ())]
+        missing = [name for name in files if not (folder / name).is_file()]
+        if training and not (folder / ANSWER_FILE).is_file():
+            missing.append(ANSWER_FILE)
+        maker = (
+            f'VQAv2Dataset.make_dataset_index(data_path="{folder}", '
+            f'tokenizer=XLMRobertaTokenizer("{data.sentencepiece_model}"), annotation_data_path="{folder / "vqa"}")'
+        )
+        return missing_index(data, missing, [maker])
+
+    @classmethod
+    def make_index(cls, data_path: Path, tokenizer: str, image_path: Path | None = None) -> None:
+        names = [index_file(name) for files in SPLIT_FILES.values() for name in files]
+        if all((data_path / name).is_file() for name in (*names, ANSWER_FILE)):
+            return
+        annotations = data_path / "vqa" if (data_path / "vqa").is_dir() else data_path
+        make_vqa_index(data_path, tokenizer, annotations, image_path=image_path)
