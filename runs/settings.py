@@ -19,7 +19,12 @@ class ModelSettings:
     """Which model, and from which weights."""
 
     model: str = flag(
-        "beit_base_patch16_224", "beit3_base_patch16_480, …", decides_steps=True, said_by="model", essential=True
+        "beit_base_patch16_224",  # of the released command line, where it names no model either
+        "beit3_base_patch16_480, …",
+        decides_steps=True,
+        said_by="model",
+        essential=True,
+        default_shown=False,
     )
     finetune: str = flag(
         "",
