@@ -18,7 +18,7 @@ from beit3.model.description import About, about, answers_at_once
 from beit3.model.names import REGISTERED, name_by_shapes, names_with, pixels_of, suffix_by_shapes
 from beit3.system.errors import InputError
 from beit3.system.flags import Flag, Parser, flags_of, unknown_flags, values
-from runs.settings import CONCERNS, TITLES, Settings
+from runs.settings import CONCERNS, TITLES, ModelSettings, Settings
 from tasks import PLANNED, TASKS, settings_of
 from tasks.settings import TaskSettings
 
@@ -179,7 +179,7 @@ class _Reader:
             self.problems.append(f"--task {name} is not there yet; there is {', '.join(TASKS)}")
         elif name is None and not (self.problems and checkpoint is None):
             silent = "" if checkpoint is None else f", because {checkpoint.path} does not say what it is for"
-            self.problems.append(f"--task is needed{silent}: one of {', '.join(TASKS)}")
+            self.problems.append(f"--task is needed{silent}: one of {', '.join(TASKS)}; see --help")
         elif name is not None:
             self.problems.append(f"--task {name}: one of {', '.join(TASKS)} is wanted")
         return None
@@ -290,7 +290,8 @@ def _problems(settings: Settings) -> list[str]:
     known = names_with(task.model_suffix) if task.model_suffix in REGISTERED else []
     short = settings.model_name.removesuffix(f"_{task.model_suffix}")
     if short not in known:
-        problems.append(f"--model {model.model}: unknown for --task {task.name}; one of {', '.join(sorted(known))}")
+        named = "is needed" if model.model == ModelSettings.model else f"{model.model}: unknown"
+        problems.append(f"--model {named} for --task {task.name}; one of {', '.join(sorted(known))}")
     elif settings.data.input_size != pixels_of(short):
         size = settings.data.input_size
         problems.append(f"--input_size {size}: {model.model} takes pictures of {pixels_of(short)} pixels")
