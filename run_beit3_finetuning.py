@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from beit3.system.errors import InputError
+from beit3.system.terminal import for_terminal, print_anywhere
 from runs.command_line import read_settings
 from runs.settings import Settings
 
@@ -26,11 +27,12 @@ if TYPE_CHECKING:
 
 def main(argv: list[str] | None = None) -> int:
     """Read the command line, then train or predict; the exit status."""
+    print_anywhere()
     try:
         settings = read_settings(argv)
     except InputError as error:  # all processes of a launcher read the same line; one of them tells
         if int(os.environ.get("RANK", "0")) == 0:
-            print(f"error: {error}", file=sys.stderr)
+            print(for_terminal(f"error: {error}"), file=sys.stderr)
         return 2
     # PyTorch is loaded from here on, so that help and mistakes in the flags are told at once.
     from runs import session

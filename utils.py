@@ -1,4 +1,4 @@
-"""Processes and logging. Imports nothing of ours.
+"""Processes, signals and logging.
 
 One process is a world of size 1 by the same code: `barrier`, `gather` and `broadcast` then do nothing.
 """
@@ -21,6 +21,8 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+
+from beit3.system.terminal import for_terminal
 
 T = TypeVar("T")
 
@@ -278,7 +280,7 @@ class _TerminalFriendlyHandler(logging.StreamHandler):
         from tqdm import tqdm
 
         try:
-            tqdm.write(self.format(record), file=sys.stderr)
+            tqdm.write(for_terminal(self.format(record)), file=sys.stderr)
         except (OSError, ValueError):
             self.handleError(record)
 

@@ -9,10 +9,12 @@ import sys
 from pathlib import Path
 
 from beit3.system.errors import InputError
+from beit3.system.terminal import for_terminal, print_anywhere
 from tasks import TASKS, settings_of
 
 
 def main(task_name: str, data_path: str, tokenizer_path: str, image_path: str | None = None) -> int:
+    print_anywhere()
     try:
         if task_name not in TASKS:
             raise InputError(f"task {task_name} is not there yet; there is {', '.join(TASKS)}")
@@ -21,7 +23,7 @@ def main(task_name: str, data_path: str, tokenizer_path: str, image_path: str | 
         images = None if image_path is None else Path(image_path)
         settings_of(task_name).make_index(Path(data_path), tokenizer_path, images)
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(for_terminal(f"error: {error}"), file=sys.stderr)
         return 2
     return 0
 

@@ -9,8 +9,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LEVELS = [
-    {"beit3", "utils"},
-    {"modeling_finetune", "optim_factory"},
+    {"beit3"},
+    {"utils", "modeling_finetune", "optim_factory"},
     {"tasks"},
     {"datasets", "engine_for_finetuning"},
     {"runs"},

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from beit3.data.image_text import ImageTextDataset
 from beit3.data.json_stream import stream_array
-from beit3.system.errors import InputError
+from beit3.system.errors import InputError, printable
 from tasks.base import Columns, Scores, Task
 from tasks.vqav2.answers import ANSWER_FILE, vqa_accuracy
 from tasks.vqav2.dataset import VQAv2Dataset, read_answers
@@ -173,5 +173,5 @@ def _report_lines(report: Mapping[str, Any]) -> list[str]:
     for part in ("answer_type", "question_type"):
         lines.append(f"  by {part.replace('_', ' ')}:")
         ranked = sorted(report[f"by_{part}"].items(), key=lambda item: -item[1])
-        lines += [f"    {name:<28} {accuracy:6.2f}" for name, accuracy in ranked]
+        lines += [f"    {printable(name):<28} {accuracy:6.2f}" for name, accuracy in ranked]
     return lines
