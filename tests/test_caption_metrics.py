@@ -218,8 +218,8 @@ def test_spice_scores_are_read_from_its_result_file(spice_models, fake_java, tmp
         {"image_id": 0, "scores": {"All": {"f": 0.25}, "Color": {"f": 1.0}}},
     ]
     (tmp_path / "found.json").write_text(json.dumps(found))
-    # java -jar -Xmx8G spice-1.0.jar IN -out OUT -subset -silent
-    fake_java(f'cp "$4" {tmp_path}/asked.json; cp {tmp_path}/found.json "$6"')
+    # java -Dfile.encoding=UTF-8 -Xmx8G -jar spice-1.0.jar IN -out OUT -subset -silent
+    fake_java(f'cp "$5" {tmp_path}/asked.json; cp {tmp_path}/found.json "$7"')
     result = score({2: "a cat", 1: "A dog!"}, DOGS, spice=True)  # not in the order of the references
     assert json.loads((tmp_path / "asked.json").read_text()) == [
         {"image_id": 0, "test": "a dog", "refs": DOGS[1]},
@@ -235,7 +235,7 @@ def test_spice_scores_are_read_from_its_result_file(spice_models, fake_java, tmp
     [
         ("echo 'java.lang.UnsupportedClassVersionError' >&2; exit 1", "java.lang.UnsupportedClassVersionError"),
         ("exit 0", "its program failed"),
-        ("echo '[{}, {}]' > \"$6\"", "its program failed"),
+        ("echo '[{}, {}]' > \"$7\"", "its program failed"),
         ("exec sleep 600", "it took more than 1.5 seconds"),
     ],
 )
