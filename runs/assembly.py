@@ -71,15 +71,16 @@ def build_model(settings: Settings, task: Task, checkpoint: Checkpoint | None, d
 
 def describe(settings: Settings, task: Task, data: dict[str, Any]) -> dict[str, Any]:
     """What a checkpoint says of itself, so that prediction needs no flag and no other file. data: digests."""
-    tokenizer = {"tokenizer_sha256": task.tokenizer.sha256} if settings.task.uses_text else {}
+    text: dict[str, Any] = {}
+    if settings.task.uses_text:
+        text = {"num_max_bpe_tokens": settings.data.num_max_bpe_tokens, "tokenizer_sha256": task.tokenizer.sha256}
     return {
         "format": FORMAT,
         "model": settings.model_name,
         "task": settings.task.trains_as,
         "image_size": settings.data.input_size,
         "vocab_size": settings.model.vocab_size,
-        "num_max_bpe_tokens": settings.data.num_max_bpe_tokens,
-        **tokenizer,
+        **text,
         **task.describe(),
         "flags": settings.flags(),
         "data": data,

@@ -198,4 +198,6 @@ class Settings:
             decide |= deciding(concern)
         if not self.deepspeed.enable_deepspeed:
             del decide["zero_stage"]
+        if not self.task.uses_text:
+            del decide["num_max_bpe_tokens"]
         return {f"--{name}": value for name, value in decide.items()}
