@@ -378,6 +378,22 @@ def test_nocaps_is_validated_on_its_own_captions_where_they_are_there(nocaps):
     assert score(captioning(nocaps, NoCapsSettings), found).metrics == {}
 
 
+def test_nocaps_is_scored_by_domain_where_the_file_tells_it(nocaps, monkeypatch):
+    monkeypatch.setenv("PATH", "")  # no Java, which takes ten seconds
+    file = nocaps / "nocaps_val_4500_captions.json"
+    content = json.loads(file.read_text())
+    for image, domain in zip(content["images"], ("in-domain", "out-domain\x1b[2J"), strict=True):
+        image["domain"] = domain
+    file.write_text(json.dumps(content))
+    found = ["A picture with number 1", "A red circle"]
+    scores = score(captioning(nocaps, NoCapsSettings), found, final=True)
+    by_domain = scores.report["by_domain"]
+    assert [by_domain[name]["images"] for name in ("in-domain", "out-domain\x1b[2J")] == [1, 1]
+    assert by_domain["in-domain"]["ROUGE_L"] == pytest.approx(1)
+    assert by_domain["out-domain\x1b[2J"]["ROUGE_L"] < 0.5
+    assert any(line.startswith("  out-domain\\x1b[2J: 1 pictures, CIDEr") for line in scores.lines)
+
+
 def test_a_checkpoint_of_coco_captioning_serves_nocaps():
     assert CaptioningSettings.trains_as == NoCapsSettings.trains_as == "coco_captioning"
 

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from beit3.data.image_text import ImageTextDataset
-from beit3.system.errors import InputError
+from beit3.system.errors import InputError, printable
 from tasks.base import Columns, Scores, Task
 from tasks.captioning.dataset import CaptioningDataset
 from tasks.captioning.generation import generate
@@ -143,6 +144,42 @@ class Captioning(Task):
 
 class NoCaps(Captioning):
     """Trains on COCO captions, predicts nocaps. Its validation pictures are scored where their captions are there."""
+
+    def score(self, columns: Columns, dataset: ImageTextDataset, split: str, final: bool) -> Scores:
+        """As of COCO; after a prediction also by domain (in-domain, near-domain, out-domain), where the file tells it.
+
+        A domain's pictures are scored among themselves: CIDEr takes its document frequencies from their references.
+        """
+        scores = super().score(columns, dataset, split, final)
+        if not final or scores.report is None:
+            return scores
+        predictions, references = _by_image(columns, dataset), self.references(split) or {}
+        by_domain = {}
+        for domain, images in sorted(self._domains(split).items()):
+            there = [image for image in images if image in predictions and image in references]
+            if there:
+                of_domain = caption_metrics(
+                    {image: predictions[image] for image in there},
+                    {image: references[image] for image in there},
+                    meteor=False,
+                    spice=False,
+                )
+                by_domain[domain] = {"images": len(there), **of_domain.scores}
+        lines = [
+            f"  {printable(name)}: {found['images']} pictures, CIDEr {found['CIDEr']:.4f}"
+            for name, found in by_domain.items()
+        ]
+        report = {**scores.report, "by_domain": by_domain} if by_domain else scores.report
+        return replace(scores, report=report, lines=[*scores.lines, *lines])
+
+    def _domains(self, split: str) -> dict[str, list[Any]]:
+        """Domain → its images, as the file of the captions tells it."""
+        (file,) = self.settings.reference_files(self.data.data_path, split)
+        domains: dict[str, list[Any]] = {}
+        for image in json.loads(file.read_text(encoding="utf-8-sig"))["images"]:
+            if isinstance(image.get("domain"), str):
+                domains.setdefault(image["domain"], []).append(image["id"])
+        return domains
 
     def _read_references(self, file: Path, split: str) -> References | None:
         if not json.loads(file.read_text(encoding="utf-8-sig")).get("annotations"):
