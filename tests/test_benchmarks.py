@@ -14,6 +14,7 @@ from beit3.data.images import normalize
 from beit3.data.tokenizer import Tokenizer
 from benchmarks import gpu, memory, models, peers, pictures, questions, runs
 from benchmarks.table import Line, Reach, Row, Settings, interleave, read_sections, run_row, write_sections
+from engine_for_finetuning import prepare
 from modeling_finetune import HEADS
 from runs.command_line import read_settings
 from tasks.captioning.generation import generate
@@ -204,8 +205,10 @@ def test_plain_evaluation_gives_our_answers(questions_tree, monkeypatch):
     dataset = task.dataset("val", training=False)
     model = HEADS["vqav2"](models.make_config("vqav2", "tiny", 64)).eval()
     reference.fill(model)
+    batch = prepare(dataset.collate([dataset[row] for row in range(8)]), task, torch.device("cpu"), torch.float32)
     with torch.no_grad():
-        model.head[3].weight.mul_(20)  # so that answers differ
+        # No answer is the likelier one for all questions, so that they differ.
+        model.head[3].bias -= model(batch["image"], batch["token_ids"], batch["padding_mask"]).mean(dim=0)
     sides = [side(task, dataset, model, 4, torch.device("cpu")) for side in (runs.our_answers, runs.peer_answers)]
     assert [len(side) for side in sides] == [len(dataset)] * 2
     assert len(set(sides[0])) > 1 and set(sides[0]) <= set(task.answers)
