@@ -94,28 +94,6 @@ def plain(columns):
     }
 
 
-def gather_rows(process, shares):
-    gathered = utils.gather_columns(answers_of(shares[process.rank]) if shares[process.rank] is not None else {})
-    return None if gathered is None else [plain(each) for each in gathered]
-
-
-@pytest.mark.parametrize(
-    "shares",
-    [
-        [[4, 0, 2]],
-        [[0, 2], [1, 3, 5, 7, 9]],
-        [[], [0]],
-        [[0], []],
-        [None, [3, 1]],  # a process without batches has no columns at all
-        [[1], None, [5, 0, 2]],
-    ],
-)
-def test_columns_of_all_processes_arrive_at_the_first_alone(shares):
-    first, *others = run_processes(gather_rows, len(shares), shares)
-    assert first == [{} if rows is None else plain(answers_of(rows)) for rows in shares]
-    assert others == [None] * (len(shares) - 1)
-
-
 def evaluate_batches(process, shares):
     """What `evaluate` says on each process of batches that are there without a data set."""
     batches = [{"row": torch.tensor(rows), "x": torch.tensor(rows)} for rows in shares[process.rank]]
@@ -135,23 +113,61 @@ def evaluate_batches(process, shares):
     return plain(columns), len(calls)
 
 
-@pytest.mark.parametrize(
-    "shares",
-    [
-        [[[0, 1, 2, 3], [4, 5, 6]]],
-        [[[6, 2], [0]], [[5, 3, 1], [4]]],
-        [[[0, 2], [4, 6]], [[1, 3], [5]]],
-        [[[0]], []],
-        [[], [[1, 0]]],
-        [[[0, 3]], [[1], [4], [5]], []],
-        [[[0, 1, 2], [3]], [[1, 4], [5]], [[5, 6]]],  # a sampler that fills up: rows 1 and 5 are there twice
-    ],
-)
-def test_evaluation_has_each_row_once_and_in_order_on_the_first_process(shares):
-    results = run_processes(evaluate_batches, len(shares), shares)
-    rows = sorted({row for batches in shares for batch in batches for row in batch})
-    columns, *others = [columns for columns, _ in results]
-    assert columns == plain(answers_of(rows))
-    assert others == [None] * (len(shares) - 1)
-    # Every process asks equally often whether to stop; else one would wait for the others for ever.
-    assert {calls for _, calls in results} == {max(len(batches) for batches in shares)}
+# Each is a list with the rows of each process; None: a process without batches, which has no columns at all.
+ROWS = [
+    [[4, 0, 2]],
+    [[0, 2], [1, 3, 5, 7, 9]],
+    [[], [0]],
+    [[0], []],
+    [None, [3, 1]],
+    [[1], None, [5, 0, 2]],
+]
+# Each is a list with the batches of each process, lists of rows.
+BATCHES = [
+    [[[0, 1, 2, 3], [4, 5, 6]]],
+    [[[6, 2], [0]], [[5, 3, 1], [4]]],
+    [[[0, 2], [4, 6]], [[1, 3], [5]]],
+    [[[0]], []],
+    [[], [[1, 0]]],
+    [[[0, 3]], [[1], [4], [5]], []],
+    [[[0, 1, 2], [3]], [[1, 4], [5]], [[5, 6]]],  # a sampler that fills up: rows 1 and 5 are there twice
+]
+
+
+def bring_together(process):
+    """What this process gets of each of `ROWS` and `BATCHES` that are for so many processes."""
+    gathered = []
+    for shares in (shares for shares in ROWS if len(shares) == process.world_size):
+        rows = shares[process.rank]
+        parts = utils.gather_columns({} if rows is None else answers_of(rows))
+        gathered.append(None if parts is None else [plain(part) for part in parts])
+    evaluated = [evaluate_batches(process, shares) for shares in BATCHES if len(shares) == process.world_size]
+    return gathered, evaluated
+
+
+@pytest.fixture(scope="module", params=[1, 2, 3])
+def together(request):
+    """The results of `bring_together` in so many processes, in rank order."""
+    return run_processes(bring_together, request.param)
+
+
+def test_columns_of_all_processes_arrive_at_the_first_alone(together):
+    cases = [shares for shares in ROWS if len(shares) == len(together)]
+    for number, shares in enumerate(cases):
+        first, *others = [gathered[number] for gathered, _ in together]
+        assert first == [{} if rows is None else plain(answers_of(rows)) for rows in shares]
+        assert others == [None] * (len(shares) - 1)
+    assert cases
+
+
+def test_evaluation_has_each_row_once_and_in_order_on_the_first_process(together):
+    cases = [shares for shares in BATCHES if len(shares) == len(together)]
+    for number, shares in enumerate(cases):
+        results = [evaluated[number] for _, evaluated in together]
+        rows = sorted({row for batches in shares for batch in batches for row in batch})
+        first, *others = [columns for columns, _ in results]
+        assert first == plain(answers_of(rows))
+        assert others == [None] * (len(shares) - 1)
+        # Every process asks equally often whether to stop; else one would wait for the others for ever.
+        assert {calls for _, calls in results} == {max(len(batches) for batches in shares)}
+    assert cases
