@@ -127,7 +127,8 @@ def check_pictures(settings: Settings, process: utils.Process, *datasets: ImageT
         problems = screen_images(paths, settings.data.image_path or settings.data.data_path)
     problems = utils.broadcast(problems)
     if problems:
-        raise InputError(problems)
+        hint = "mend or remove them" + ("" if settings.run.eval else "; --skip_bad_images trains without them")
+        raise InputError([*problems, hint])
 
 
 def backend_settings(settings: Settings, process: utils.Process) -> BackendSettings:
@@ -183,7 +184,12 @@ def announce_memory(settings: Settings, task: Task, model: BEiT3Model, process: 
         average=settings.model.model_ema and not settings.model.model_ema_force_cpu,
     )
     logger.info("memory per process on %s, about %s; %.1f GB are free", process.device.type, demand, room / GIGABYTE)
-    advice = demand.advice(room, deepspeed.zero_stage if deepspeed.enable_deepspeed else 0)
+    advice = demand.advice(
+        room,
+        update_freq=settings.optimizer.update_freq,
+        zero_stage=deepspeed.zero_stage if deepspeed.enable_deepspeed else 0,
+        recomputes=settings.model.checkpoint_activations,
+    )
     if advice is not None:
         logger.warning("%s", advice)
 

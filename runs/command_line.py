@@ -15,10 +15,10 @@ from typing import Any
 
 from beit3.data.tokenizer import Tokenizer
 from beit3.model.description import About, about, answers_at_once
-from beit3.model.names import REGISTERED, name_by_shapes, names_with, pixels_of
+from beit3.model.names import REGISTERED, name_by_shapes, names_with, pixels_of, suffix_by_shapes
 from beit3.system.errors import InputError
 from beit3.system.flags import Flag, Parser, flags_of, unknown_flags, values
-from runs.settings import CONCERNS, TITLES, Settings
+from runs.settings import CONCERNS, TITLES, ModelSettings, Settings
 from tasks import PLANNED, TASKS, settings_of
 from tasks.settings import TaskSettings
 
@@ -120,6 +120,7 @@ class _Reader:
         known = [option for action in parser._actions for option in action.option_strings]
         self.problems += unknown_flags(left_over, known)
         self.given = {name: value for name, value in vars(parsed).items() if value is not None}
+        self.assumed: tuple[str, ...] = ()
         self.ignored = tuple(f"{name}: {why}" for name, (_, why) in WITHOUT_EFFECT.items() if name in self.given)
 
     def settings(self) -> Settings:
@@ -139,6 +140,7 @@ class _Reader:
             **{concern: CONCERNS[concern](**read[concern]) for concern in CONCERNS},
             checkpoint=checkpoint,
             ignored=self.ignored,
+            assumed=self.assumed,
         )
         settings = replace(settings, tokenizer=self._tokenizer(settings))
         self.problems += _problems(settings)
@@ -168,18 +170,27 @@ class _Reader:
 
     def _task(self, checkpoint: About | None) -> type[TaskSettings] | None:
         """The settings class of the task; None where there is no telling which."""
-        said = None if checkpoint is None else checkpoint.description.get("task")
-        name = self.given.get("task", said)
+        name = self.given.get("task")
+        if name is None and checkpoint is not None:
+            name = checkpoint.description.get("task") or self._task_by_head(checkpoint)
         if name in TASKS:
             return settings_of(name)
         if name in PLANNED:
             self.problems.append(f"--task {name} is not there yet; there is {', '.join(TASKS)}")
-        elif name is None:
+        elif name is None and not (self.problems and checkpoint is None):
             silent = "" if checkpoint is None else f", because {checkpoint.path} does not say what it is for"
-            self.problems.append(f"--task is needed{silent}: one of {', '.join(TASKS)}")
-        else:
+            self.problems.append(f"--task is needed{silent}: one of {', '.join(TASKS)}; see --help")
+        elif name is not None:
             self.problems.append(f"--task {name}: one of {', '.join(TASKS)} is wanted")
         return None
+
+    def _task_by_head(self, checkpoint: About) -> str | None:
+        """For a checkpoint that does not say its task: the first task whose models have this head."""
+        suffix = suffix_by_shapes(checkpoint.shapes)
+        name = next((name for name in TASKS if settings_of(name).model_suffix == suffix), None)
+        if name is not None:
+            self.assumed += (f"{checkpoint.path} does not say its task; by its head it is --task {name}",)
+        return name
 
     def _refuse_flags_of_other_tasks(self, task: type[TaskSettings]) -> None:
         own = {each.name for each in flags_of(task)}
@@ -279,7 +290,8 @@ def _problems(settings: Settings) -> list[str]:
     known = names_with(task.model_suffix) if task.model_suffix in REGISTERED else []
     short = settings.model_name.removesuffix(f"_{task.model_suffix}")
     if short not in known:
-        problems.append(f"--model {model.model}: unknown for --task {task.name}; one of {', '.join(sorted(known))}")
+        named = "is needed" if model.model == ModelSettings.model else f"{model.model}: unknown"
+        problems.append(f"--model {named} for --task {task.name}; one of {', '.join(sorted(known))}")
     elif settings.data.input_size != pixels_of(short):
         size = settings.data.input_size
         problems.append(f"--input_size {size}: {model.model} takes pictures of {pixels_of(short)} pixels")

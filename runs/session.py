@@ -54,6 +54,8 @@ def _run(settings: Settings, body: Body) -> int:
     utils.set_up_logging(process.is_main)
     if settings.ignored:
         logger.warning("flags without effect: %s", "; ".join(settings.ignored))
+    for sentence in settings.assumed:
+        logger.info("%s", sentence)
     if flags.deterministic:
         utils.make_deterministic()
     if flags.output_dir:

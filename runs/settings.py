@@ -19,7 +19,12 @@ class ModelSettings:
     """Which model, and from which weights."""
 
     model: str = flag(
-        "beit_base_patch16_224", "beit3_base_patch16_480, …", decides_steps=True, said_by="model", essential=True
+        "beit_base_patch16_224",  # of the released command line, where it names no model either
+        "beit3_base_patch16_480, …",
+        decides_steps=True,
+        said_by="model",
+        essential=True,
+        default_shown=False,
     )
     finetune: str = flag(
         "",
@@ -155,6 +160,7 @@ class Settings:
         tokenizer: the tokenizer's file or its content; None for a task without text.
         checkpoint: what the checkpoint to predict with says of itself; None in training.
         ignored: flags that were given and do nothing, each with the reason.
+        assumed: what nobody said and was concluded, in sentences.
     """
 
     task: TaskSettings
@@ -166,6 +172,7 @@ class Settings:
     tokenizer: Path | bytes | None = None
     checkpoint: About | None = None
     ignored: tuple[str, ...] = ()
+    assumed: tuple[str, ...] = ()
 
     @property
     def model_name(self) -> str:

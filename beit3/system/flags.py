@@ -36,6 +36,7 @@ class Facts:
         essential: part of the short help.
         no: help of `--no_<name>`, for what is on by default.
         also: other spellings.
+        default_shown: whether the help names the default.
     """
 
     help: str
@@ -49,6 +50,7 @@ class Facts:
     essential: bool = False
     no: str = ""
     also: tuple[str, ...] = ()
+    default_shown: bool = True
 
 
 def flag(default: Any, help: str, **facts: Any) -> Any:
@@ -86,7 +88,7 @@ class Flag:
     @property
     def help(self) -> str:
         default = self.default
-        if default is None or default == "" or isinstance(default, bool):
+        if not self.facts.default_shown or default is None or default == "" or isinstance(default, bool):
             return self.facts.help
         shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
         return f"{self.facts.help} ({shown})"
@@ -97,7 +99,7 @@ class Flag:
             return given
         texts = [given] if self.count == 1 else given
         values = [self._number(text) if self.kind in (int, float) else self.kind(text) for text in texts]
-        self._check(values, texts)
+        self._check(values)
         return values[0] if self.count == 1 else tuple(values)
 
     def _number(self, text: str) -> float:
@@ -109,7 +111,7 @@ class Flag:
             raise ValueError("a finite number is wanted")
         return value
 
-    def _check(self, values: Sequence[Any], texts: Sequence[str]) -> None:
+    def _check(self, values: Sequence[Any]) -> None:
         facts = self.facts
         if facts.choices is not None and not set(values) <= set(facts.choices):
             raise ValueError(f"one of {', '.join(map(str, facts.choices))} is wanted")

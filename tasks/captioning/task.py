@@ -20,7 +20,10 @@ from tasks.captioning.generation import generate
 from tasks.captioning.index import COCO, KARPATHY_FILE
 from tasks.captioning.losses import drop_worst, masked_token_losses
 from tasks.captioning.references import coco_ground_truth, load_references
+from tasks.captioning.scores.constant_caption import best_constant_caption
 from tasks.captioning.scores.scores import CaptionScores, caption_metrics
+
+CANDIDATES = 300  # the most frequent captions people wrote, tried for the baseline
 
 References = dict[Any, list[str]]  # image id → the captions people wrote
 
@@ -105,7 +108,10 @@ class Captioning(Task):
             "images_without_picture": len(every_reference) - len(references),
             **scores.as_json(),
         }
-        kept |= {} if final else {f"{self.name}_result_{split}": report}
+        if final:
+            report["constant_caption"] = _constant_caption(references)
+        else:
+            kept[f"{self.name}_result_{split}"] = report
         return Scores(dict(scores.scores), report, _report_lines(report, scores), kept)
 
     def submission(self, columns: Columns, dataset: ImageTextDataset, split: str) -> list[dict[str, Any]]:
@@ -158,10 +164,20 @@ def _as_submission(predictions: dict[int, str]) -> list[dict[str, Any]]:
     return [{"image_id": image, "caption": caption} for image, caption in predictions.items()]
 
 
+def _constant_caption(references: References) -> dict[str, Any]:
+    """What a captioner that never looks can reach: the one caption that scores best when said of every picture."""
+    candidates = (caption for captions in references.values() for caption in captions)
+    caption, cider = best_constant_caption(candidates, references, CANDIDATES)
+    return {"caption": caption, "CIDEr": cider}
+
+
 def _report_lines(report: dict[str, Any], scores: CaptionScores) -> list[str]:
     named = "  ".join(f"{name} {score:.4f}" for name, score in scores.scores.items())
     lines = [f"{report['images']} pictures: {named}"]
     if report["images_without_picture"]:
         lines.append(f"  {report['images_without_picture']} pictures of the split are not on disk and do not count")
     lines += [f"  {name} left out: {reason}" for name, reason in scores.left_out.items()]
+    if "constant_caption" in report:
+        constant = report["constant_caption"]
+        lines.append(f"  CIDEr {constant['CIDEr']:.4f} is reached by saying {constant['caption']!r} of every picture")
     return lines
