@@ -68,7 +68,7 @@ def name_by_shapes(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
     text = shapes.get("beit3.text_embed.weight")
     table = shapes.get("beit3.encoder.embed_positions.A.weight")
     layers = {name.split(".")[3] for name in shapes if name.startswith("beit3.encoder.layers.")}
-    if text is None or table is None or len(text) != 2:
+    if text is None or table is None or len(text) != 2 or len(table) != 2:
         return None
     pixels = PATCH * math.isqrt(max(0, table[0] - 3))  # two unused rows and the class token come first
     for size, shape in SIZES.items():
