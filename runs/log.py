@@ -6,12 +6,14 @@ import contextlib
 import json
 import logging
 import os
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from beit3.data.image_text import ImageTextDataset
 from beit3.system.atomic_files import atomic_write
+from beit3.system.errors import CheckpointError
 from engine_for_finetuning import TrainingRun, Validation
 from runs.output_folder import set_aside
 from runs.settings import Settings
@@ -125,23 +127,66 @@ def _read_log(path: Path) -> tuple[list[tuple[int, str]], str | None]:
     return lines, damage
 
 
-def write_results(folder: Path, task: Task, columns: Columns, dataset: ImageTextDataset, split: str) -> None:
-    """The submission, then what it is worth where the right answers are known."""
+def write_results(
+    folder: Path, task: Task, columns: Columns, dataset: ImageTextDataset, split: str, problems: list[str]
+) -> bool:
+    """The submission, then what it is worth where the right answers are known; whether all is well.
+
+    problems: why it is no complete submission. What was computed is kept all the same, under another name, and nothing
+    that fails afterwards takes it away.
+    """
     submission = task.submission(columns, dataset, split)
+    name = task.submission_file(split)
+    well = not problems
     if submission is not None:
-        file = folder / f"{task.submission_file(split)}.json"
-        write_json(file, submission)
+        file = keep_json(folder, f"{name}.json" if well else f"{name}.incomplete.json", submission)
+        well = well and file.parent == folder
         logger.info("%s: %d predictions", file, len(submission))
-    scores = task.score(columns, dataset, split, final=True)
+    for problem in problems:
+        logger.error("%s", problem)
+    if problems:
+        logger.error("the submission is not complete, so it was written under another name and not scored")
+        return False
+    try:
+        scores = task.score(columns, dataset, split, final=True)
+    except Exception as error:  # the predictions are worth more than what is said of them
+        logger.error("the predictions are written, scoring them failed: %s: %s", type(error).__name__, error)
+        return False
     for name, content in scores.files.items():
-        write_json(folder / f"{name}.json", content)
+        well = keep_json(folder, f"{name}.json", content).parent == folder and well
     if scores.report is None:
-        return
-    file = folder / f"{task.report_file(split)}.json"
-    write_json(file, scores.report, indent=2)
+        return well
+    file = keep_json(folder, f"{task.report_file(split)}.json", scores.report, indent=2)
     for line in scores.lines:
         logger.info("%s", line)
     logger.info("scores written to %s", file)
+    return well and file.parent == folder
+
+
+def keep_json(folder: Path, name: str, content: Any, indent: int | None = None) -> Path:
+    """Write a result into the folder or, where that fails after all, wherever this machine keeps temporary files.
+
+    Returns:
+        Where it is.
+
+    Raises:
+        CheckpointError: neither can be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)  # it was there when the run began
+        write_json(folder / name, content, indent)
+        return folder / name
+    except OSError as error:
+        try:
+            elsewhere = Path(tempfile.mkdtemp(prefix="predictions-"))
+            write_json(elsewhere / name, content, indent)
+        except OSError as again:
+            raise CheckpointError(
+                f"{folder / name}: cannot be written ({error.strerror}), nor can {tempfile.gettempdir()} "
+                f"({again.strerror}); make room and run the same command again"
+            ) from error
+        logger.error("%s: cannot be written (%s); written to %s", folder / name, error.strerror, elsewhere / name)
+        return elsewhere / name
 
 
 def write_json(path: Path, content: Any, indent: int | None = None) -> None:

@@ -12,7 +12,6 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
@@ -168,7 +167,13 @@ class Lock:
     def _taken(self) -> bool:
         """Try once. Where the file system has no locks, that is told and counts as taken."""
         with contextlib.ExitStack() as cleaning:
-            file = cleaning.enter_context(open(self.path, "a+", encoding="utf-8"))
+            try:
+                file = cleaning.enter_context(open(self.path, "a+", encoding="utf-8"))
+            except OSError as error:  # of another user, perhaps
+                raise InputError(
+                    f"{self.path}: cannot be opened ({error.strerror}); remove it if no training writes there, or "
+                    "choose another --output_dir"
+                ) from error
             try:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except (BlockingIOError, PermissionError):
@@ -215,17 +220,6 @@ class Lock:
                     self.path.unlink(missing_ok=True)
             self._file.close()
             self._file = None
-
-
-@contextlib.contextmanager
-def locked(folder: Path | None, patience_seconds: float) -> Iterator[None]:
-    """Hold the lock of a folder while the block runs; None: do nothing."""
-    lock = None if folder is None else Lock(folder, patience_seconds)
-    try:
-        yield
-    finally:
-        if lock is not None:
-            lock.release()
 
 
 def _is_at(file: IO[str], path: Path) -> bool:
