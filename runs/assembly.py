@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -25,6 +26,7 @@ from beit3.training.backends import DTYPES, Backend, BackendSettings, PlainBacke
 from beit3.training.memory_estimate import GIGABYTE, training_demand
 from modeling_finetune import BEiT3Model
 from optim_factory import cosine_schedule, create_optimizer, parameter_groups
+from runs import output_folder
 from runs.settings import Settings
 from tasks.base import Task, make_task
 
@@ -113,6 +115,57 @@ def evaluation_loader(settings: Settings, dataset: ImageTextDataset, process: ut
     batch_size = settings.optimizer.eval_batch_size or int(1.5 * settings.optimizer.batch_size)
     sampler = EvaluationSampler(len(dataset), batch_size, process.rank, process.world_size)
     return make_loader(settings, dataset, sampler, process)
+
+
+def problems_of_rows(task: Task, dataset: ImageTextDataset, split: str) -> list[str]:
+    """`Task.check_rows`, with official files that cannot be read among the problems."""
+    try:
+        return task.check_rows(dataset, split)
+    except InputError as error:
+        return error.problems
+    except OSError as error:
+        return [f"{error.filename}: cannot be read ({error.strerror})"]
+
+
+def check_prediction(task: Task, dataset: ImageTextDataset, split: str, folder: Path, process: utils.Process) -> None:
+    """Whatever could spoil a prediction's end and can be known at its beginning, by the first process for all.
+
+    Raises:
+        InputError: on every process, before hours were spent.
+    """
+    problems: list[str] = []
+    if process.is_main:
+        problems = task.check_references(split, final=True) or problems_of_rows(task, dataset, split)
+        problems += output_folder.check_room_for_predictions(folder, len(dataset))
+        remark = task.remark(split)
+        if remark is not None:
+            logger.warning("%s", remark)
+    problems = utils.broadcast(problems)
+    if problems:
+        raise InputError(problems)
+
+
+def check_validation(task: Task, process: utils.Process) -> None:
+    """That what validation is scored against can be read, before an epoch is trained for it.
+
+    Raises:
+        InputError: on every process.
+    """
+    problems = utils.broadcast(task.check_references("val", final=False) if process.is_main else [])
+    if problems:
+        raise InputError(problems)
+
+
+def check_room(
+    settings: Settings, process: utils.Process, num_parameters: int, steps_per_epoch: int, resume_from: Path | None
+) -> None:
+    """That checkpoints fit on the disk, see `runs.output_folder.check_room`. Raises InputError on every process."""
+    problems: list[str] = []
+    if process.is_main:
+        problems = output_folder.check_room(settings, num_parameters, steps_per_epoch, resume_from)
+    problems = utils.broadcast(problems)
+    if problems:
+        raise InputError(problems)
 
 
 def check_pictures(settings: Settings, process: utils.Process, *datasets: ImageTextDataset) -> None:

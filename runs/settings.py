@@ -97,7 +97,7 @@ class OptimizerSettings:
 class RunSettings:
     """Where a run computes, what it keeps, what it goes on from."""
 
-    output_dir: str = flag("", "checkpoints, log.txt, submissions; nothing is kept without", essential=True)
+    output_dir: str = flag("output", "checkpoints, log.txt, submissions; '' keeps nothing", essential=True)
     log_dir: str | None = flag(None, "TensorBoard files; default none")
     eval: bool = flag(False, "predict --split with --finetune and write the submission", essential=True)
     device: str = flag("auto", "auto (GPU if there is one), cuda, cpu")

@@ -115,9 +115,34 @@ class Captioning(Task):
             kept[f"{self.name}_result_{split}"] = report
         return Scores(dict(scores.scores), report, _report_lines(report, scores), kept)
 
+    def check_rows(self, dataset: ImageTextDataset, split: str) -> list[str]:
+        """Pictures that stand in the index twice, or that nobody wrote captions of where these are there."""
+        counts = Counter(dataset.table["image_id"][:].tolist())
+        problems = [
+            f"image {image} has {n} captions, one for each time it is in the index"
+            for image, n in counts.items()
+            if n > 1
+        ]
+        references = self.references(split)
+        if references is not None:
+            problems += [f"image {image} has no reference captions" for image in counts if image not in references]
+        if problems:
+            problems.append("was the index made from other files? Make it again")
+        return problems
+
+    def check_references(self, split: str, final: bool) -> list[str]:
+        try:
+            self.references(split)
+        except InputError as error:
+            return error.problems
+        except (OSError, ValueError) as error:
+            return [f"the captions that people wrote cannot be read: {error}"]
+        return []
+
     def submission(self, columns: Columns, dataset: ImageTextDataset, split: str) -> list[dict[str, Any]]:
-        """One caption per picture. Raises InputError where a picture has two."""
-        return _as_submission(_by_image(columns, dataset))
+        """A caption for each row; that each picture has just one is for `check_rows` to see."""
+        images = dataset.table["image_id"][columns["row"].numpy()].tolist()
+        return [{"image_id": image, "caption": text} for image, text in zip(images, columns["caption"], strict=True)]
 
     def report_file(self, split: str) -> str:
         return f"{self.name}_result" if split == "test" else super().report_file(split)
@@ -182,7 +207,8 @@ class NoCaps(Captioning):
         return domains
 
     def _read_references(self, file: Path, split: str) -> References | None:
-        if not json.loads(file.read_text(encoding="utf-8-sig")).get("annotations"):
+        content = json.loads(file.read_text(encoding="utf-8-sig"))
+        if isinstance(content, dict) and not content.get("annotations"):
             return None
         return load_references(file)
 
