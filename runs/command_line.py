@@ -16,7 +16,7 @@ from typing import Any
 from beit3.data.tokenizer import Tokenizer
 from beit3.model.description import About, about, answers_at_once
 from beit3.model.names import REGISTERED, name_by_shapes, names_with, pixels_of
-from beit3.system.errors import InputError
+from beit3.system.errors import InputError, printable
 from beit3.system.flags import Flag, Parser, flags_of, unknown_flags, values
 from runs.settings import CONCERNS, TITLES, Settings
 from tasks import PLANNED, TASKS, settings_of
@@ -225,10 +225,14 @@ class _Reader:
         self.problems.append(f"{checkpoint.path}: made with {what} {stated}, the command line says {given}")
 
     def _tokenizer(self, settings: Settings) -> Path | bytes | None:
-        """The tokenizer of the command line, else the checkpoint's own; told when it does not fit."""
-        checkpoint, file = settings.checkpoint, settings.data.sentencepiece_model
+        """The tokenizer of the command line, else the checkpoint's own; told when it does not fit.
+
+        The checkpoint: to predict with, or to start from.
+        """
         if not settings.task.uses_text:
             return None
+        file = settings.data.sentencepiece_model
+        checkpoint = self._to_start_from(settings) if settings.checkpoint is None else settings.checkpoint
         source = file if file is not None or checkpoint is None else checkpoint.tokenizer
         if source is None:
             held = "" if checkpoint is None else f"; {checkpoint.path} holds none"
@@ -247,12 +251,37 @@ class _Reader:
                 f"the tokenizer {tokenizer.path} makes ids up to {tokenizer.vocab_size - 1}, the model has "
                 f"--vocab_size {settings.model.vocab_size}: is it the tokenizer of these weights?"
             )
-        stated = None if checkpoint is None else checkpoint.description.get("tokenizer_sha256")
-        if checkpoint is not None and stated not in (None, tokenizer.sha256):
-            self._differs(
-                checkpoint, "another tokenizer, of SHA-256", str(stated)[:12], f"{file}, {tokenizer.sha256[:12]}"
-            )
+        if checkpoint is not None:
+            self.problems += other_tokenizer(checkpoint.path, checkpoint.description, tokenizer)
         return source
+
+    def _to_start_from(self, settings: Settings) -> About | None:
+        """What the weights to start from say of themselves, where that can be read at once, or is needed.
+
+        Of a `.pth` file they are read once more later, so it is opened here only for the tokenizer that it may hold.
+        """
+        named = Path(settings.model.finetune)
+        if not settings.model.finetune or not named.exists():
+            return None
+        if answers_at_once(named) is None and (self.problems or settings.data.sentencepiece_model is not None):
+            return None
+        try:
+            return about(named, settings.model.model_key, settings.model.model_prefix)
+        except InputError as error:
+            self.problems += error.problems
+            return None
+
+
+def other_tokenizer(path: Path, description: Mapping[str, Any], tokenizer: Tokenizer) -> list[str]:
+    """The problem that a checkpoint was made with another tokenizer; none where it was not, or does not say."""
+    stated = description.get("tokenizer_sha256")
+    if stated in (None, tokenizer.sha256):
+        return []
+    return [
+        f"{path}: made with another tokenizer, of SHA-256 {printable(str(stated))[:12]}; --sentencepiece_model "
+        f"{tokenizer.path} has {tokenizer.sha256[:12]}, so the same number would mean another word. Leave "
+        "--sentencepiece_model out where the checkpoint holds its tokenizer, or name that file"
+    ]
 
 
 def _size_by_name(name: str, task: type[TaskSettings]) -> dict[str, int]:
