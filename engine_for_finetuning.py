@@ -150,7 +150,7 @@ def train_one_epoch(run: TrainingRun, epoch: int, state: EpochState) -> float:
         Images per second, of all processes together.
 
     Raises:
-        FloatingPointError: too many steps in a row had a broken gradient.
+        FloatingPointError: too many steps in a row had a broken gradient, or all steps of the epoch.
     """
     backend, process = run.backend, run.process
     steps_per_epoch = run.sampler.steps_per_epoch
@@ -177,6 +177,11 @@ def train_one_epoch(run: TrainingRun, epoch: int, state: EpochState) -> float:
         bar.advance(window.text)
         run.after_step(epoch, state)
     bar.close()
+    if state.step and not float(state.whole.counted):
+        raise FloatingPointError(
+            f"all {state.step} steps of epoch {epoch} had a loss or gradient that is not finite and were skipped: "
+            "nothing was learned. Lower --lr or raise --warmup_epochs, use --precision bf16 or fp32"
+        )
     return images / (time.monotonic() - started)
 
 
@@ -356,6 +361,9 @@ def evaluate(
 
     Returns:
         The columns of `predict_step` and "row", on the CPU; None on all processes but the first.
+
+    Raises:
+        FloatingPointError: on all processes; what the model computed for some examples are no numbers.
     """
     model.eval()
     predicted: list[dict[str, Any]] = []
@@ -375,7 +383,26 @@ def evaluate(
                 bar.advance(f"{images / (time.monotonic() - started):.0f} images/s")
             check_stop()
     bar.close()
-    return _by_row(utils.gather_columns(join_columns(predicted)))
+    columns = join_columns(predicted)
+    _refuse_broken(columns, loader.dataset, what)
+    return _by_row(utils.gather_columns(columns))
+
+
+def _refuse_broken(columns: dict[str, Any], dataset: Any, what: str) -> None:
+    """Take "finite" off the columns of this process; raise on all processes where it is False for one. Collective.
+
+    An argmax over NaN is an answer like any other, so nobody would notice.
+    """
+    broken = []
+    if (finite := columns.pop("finite", None)) is not None:
+        broken = [dataset.place(row) for row in columns["row"][~finite].tolist()]
+    everyone = [place for places in utils.gather(broken) for place in places]
+    if everyone:
+        more = f", … ({len(everyone)} in all)" if len(everyone) > MAX_ROWS_NAMED else ""
+        raise FloatingPointError(
+            f"{what}: the model's numbers are not finite for {', '.join(everyone[:MAX_ROWS_NAMED])}{more}. Use "
+            "--precision bf16 or fp32, or another checkpoint"
+        )
 
 
 def join_columns(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

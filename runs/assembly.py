@@ -27,6 +27,7 @@ from beit3.training.memory_estimate import GIGABYTE, training_demand
 from modeling_finetune import BEiT3Model
 from optim_factory import cosine_schedule, create_optimizer, parameter_groups
 from runs import output_folder
+from runs.command_line import other_tokenizer
 from runs.settings import Settings
 from tasks.base import Task, make_task
 
@@ -37,6 +38,9 @@ def build_task(settings: Settings) -> Task:
     """The task, with what the checkpoint to predict with says of its head."""
     tokenizer = None if settings.tokenizer is None else Tokenizer(settings.tokenizer)
     task = make_task(settings.task, settings.data, tokenizer)
+    if tokenizer is not None and settings.data.sentencepiece_model is None:
+        held_by = settings.model.finetune or settings.run.resume
+        logger.info("tokenizer: the one that %s holds, SHA-256 %s", held_by, tokenizer.sha256[:12])
     if settings.checkpoint is not None:
         task.adopt(settings.checkpoint.description)
     return task
@@ -52,17 +56,25 @@ def read_weights(settings: Settings) -> Checkpoint | None:
 
 def build_model(settings: Settings, task: Task, checkpoint: Checkpoint | None, device: torch.device) -> BEiT3Model:
     """The model on the CPU, with the checkpoint's weights in it if there is one; its layers compiled if asked for."""
-    model_settings = settings.model
+    model_settings, head_rows = settings.model, None
+    if checkpoint is not None and settings.task.uses_text:
+        problems = other_tokenizer(checkpoint.path, checkpoint.description, task.tokenizer, held=False)
+        if problems:
+            raise InputError(problems)
+    if checkpoint is not None and not settings.run.eval:
+        checkpoint, head_rows = task.starting_head(checkpoint)
+    # A head whose rows move has the size that the task wants; any other keeps that of the checkpoint.
+    decides = {} if checkpoint is None or head_rows is not None else checkpoint.state_dict
     utils.seed_everything(settings.data.seed)
     model: Any = timm.create_model(
         settings.model_name,
         vocab_size=model_settings.vocab_size,
         drop_path_rate=model_settings.drop_path,
         checkpoint_activations=model_settings.checkpoint_activations,
-        **task.model_options({} if checkpoint is None else checkpoint.state_dict),
+        **task.model_options(decides),
     )
     if checkpoint is not None:
-        report = load_weights(model, checkpoint, new_head=not settings.run.eval)
+        report = load_weights(model, checkpoint, new_head=not settings.run.eval, head_rows=head_rows)
         logger.info("%s: %s", checkpoint.path, report)
     if model_settings.compile and settings.run.eval:
         logger.info("--compile is for training; prediction runs without")

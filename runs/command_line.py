@@ -253,10 +253,14 @@ class _Reader:
         self.problems.append(f"{checkpoint.path}: made with {what} {stated}, the command line says {given}")
 
     def _tokenizer(self, settings: Settings) -> Path | bytes | None:
-        """The tokenizer of the command line, else the checkpoint's own; told when it does not fit."""
-        checkpoint, file = settings.checkpoint, settings.data.sentencepiece_model
+        """The tokenizer of the command line, else the checkpoint's own; told when it does not fit.
+
+        The checkpoint: to predict with, or to start from.
+        """
         if not settings.task.uses_text:
             return None
+        file = settings.data.sentencepiece_model
+        checkpoint = self._to_start_from(settings) if settings.checkpoint is None else settings.checkpoint
         source = file if file is not None or checkpoint is None else checkpoint.tokenizer
         if source is None and settings.run.eval and checkpoint is None:
             return None  # the checkpoint is wrong, which is told; it may hold a tokenizer
@@ -277,15 +281,8 @@ class _Reader:
                 f"the tokenizer {tokenizer.path} makes ids up to {tokenizer.vocab_size - 1}, the model has "
                 f"--vocab_size {settings.model.vocab_size}: is it the tokenizer of these weights?"
             )
-        stated = None if checkpoint is None else checkpoint.description.get("tokenizer_sha256")
-        if checkpoint is not None and stated not in (None, tokenizer.sha256):
-            made = f"{checkpoint.path}: made with the tokenizer of SHA-256 {stated[:12]}…"
-            here = f"{tokenizer.sha256[:12]}…"
-            self.problems.append(
-                f"{made}, the command line says --sentencepiece_model {file}, which is {here}"
-                if file is not None
-                else f"{made}, the one it holds is {here}; give the right one as --sentencepiece_model"
-            )
+        if checkpoint is not None:
+            self.problems += other_tokenizer(checkpoint.path, checkpoint.description, tokenizer, held=file is None)
         return source
 
     def _named(self, settings: Settings, name: str) -> str:
@@ -308,6 +305,40 @@ class _Reader:
         if size != pixels_of(short):
             return [f"{self._named(settings, 'input_size')} {size}: {name} takes pictures of {pixels_of(short)} pixels"]
         return []
+
+    def _to_start_from(self, settings: Settings) -> About | None:
+        """What the weights to start from say of themselves, where that can be read at once, or is needed.
+
+        Of a `.pth` file they are read once more later, so it is opened here only for the tokenizer that it may hold.
+        """
+        named = Path(settings.model.finetune)
+        if not settings.model.finetune or not named.exists():
+            return None
+        if answers_at_once(named) is None and (self.problems or settings.data.sentencepiece_model is not None):
+            return None
+        try:
+            return about(named, settings.model.model_key, settings.model.model_prefix)
+        except InputError as error:
+            self.problems += error.problems
+            return None
+
+
+def other_tokenizer(path: Path, description: Mapping[str, Any], tokenizer: Tokenizer, held: bool) -> list[str]:
+    """The problem that a checkpoint was made with another tokenizer; none where it was not, or does not say.
+
+    held: whether the tokenizer is the checkpoint's own.
+    """
+    stated = description.get("tokenizer_sha256")
+    if stated in (None, tokenizer.sha256):
+        return []
+    made = f"{path}: made with the tokenizer of SHA-256 {printable(str(stated))[:12]}…"
+    here = f"{tokenizer.sha256[:12]}…"
+    if held:
+        return [f"{made}, the one it holds is {here}; give the right one as --sentencepiece_model"]
+    return [
+        f"{made}, the command line says --sentencepiece_model {tokenizer.path}, which is {here}: the same number would "
+        "mean another word. Leave it out where the checkpoint holds its tokenizer, or name that file"
+    ]
 
 
 def _without_followers(problems: list[str], unread: set[str]) -> list[str]:

@@ -37,6 +37,8 @@ from tasks.base import Task
 
 logger = logging.getLogger(__name__)
 
+# Flags that decide steps and came later, with the value that says what runs did before; "--flag" → value.
+CAME_LATER = {"--new_head": False}
 STEPS_VERSION = "version of the task's steps"  # in a fingerprint's recipe
 
 
@@ -163,6 +165,8 @@ def _why_not(keeping: Keeping, path: Path) -> list[str]:
         return [f"{path}: made by a later version of this toolkit (format {made['format']}); go on with that one"]
     if made["format"] == 1:
         made = _of_first_format(made, now)
+    before = {name: value for name, value in CAME_LATER.items() if name in now["recipe"]}
+    made = {**made, "recipe": {**before, **made["recipe"]}}
     if made["versions"] != now["versions"]:
         logger.warning("%s: made with %s, this is %s; last digits may differ", path, made["versions"], now["versions"])
     deepspeed_then, deepspeed_now = path.is_dir(), not keeping.suffix

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from beit3.data.augmentation import EvalTransform, TrainTransform
 from beit3.data.image_text import ImageTextDataset
 from beit3.data.tokenizer import Tokenizer
+from beit3.model.weights import Checkpoint, HeadRows
 from tasks.settings import DataSettings, TaskSettings
 
 # What was predicted: name → one entry per example, a tensor (N, …) on the CPU or a list. "row" (N,) is always there.
@@ -91,6 +92,11 @@ class Task(abc.ABC):
         """Tokens of text that go through the encoder with each training picture, at most."""
         return self.data.num_max_bpe_tokens if self.settings.uses_text else 0
 
+    def starting_head(self, checkpoint: Checkpoint) -> tuple[Checkpoint, HeadRows | None]:
+        """What training takes of a checkpoint's head: the checkpoint, without what is to start afresh, and which of
+        the head's rows go where."""
+        return checkpoint, None
+
     @abc.abstractmethod
     def output_values(self, model: Any) -> int:
         """Values that the model gives out for each training picture, at most."""
@@ -101,7 +107,10 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def predict_step(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Any]:
-        """What the model says of a batch: columns, tensors (B, …) or lists. Sees no label and no row number."""
+        """What the model says of a batch: columns, tensors (B, …) or lists. Sees no label and no row number.
+
+        A column "finite", bool (B,) on the device, says whether what the model computed for an example are numbers;
+        evaluation takes it off and ends with an error where they are not."""
 
     @abc.abstractmethod
     def score(self, columns: Columns, dataset: ImageTextDataset, split: str, final: bool) -> Scores:

@@ -29,7 +29,8 @@ from utils import Process
 
 ALONE = Process(0, 1, 0, torch.device("cpu"))
 FINGERPRINT = {
-    "format": 2, "versions": {"torch": "2"}, "world_size": 2, "recipe": {"--lr": 0.1, "--epochs": 3}, "data": {"tokenizer": "abc"},
+    "format": 2, "versions": {"torch": "2"}, "world_size": 2, "recipe": {"--lr": 0.1, "--epochs": 3},
+    "data": {"tokenizer": "abc"},
 }  # fmt: skip
 
 

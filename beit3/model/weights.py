@@ -63,15 +63,31 @@ class Checkpoint:
     tokenizer: bytes | None = None
 
 
+@dataclass(frozen=True)
+class HeadRows:
+    """Which rows of a checkpoint's head go where, for a head whose rows mean something else now.
+
+    Attributes:
+        parameters: names of the tensors that have these rows.
+        sources: for each row of the model the row of the checkpoint, -1 for one that starts afresh.
+        told: what becomes of the rows, for people.
+    """
+
+    parameters: tuple[str, ...]
+    sources: tuple[int, ...]
+    told: str
+
+
 @dataclass
 class LoadReport:
-    """What became of every key, as lists of names, and the prefix that was taken off them."""
+    """What became of every key, as lists of names, the prefix that was taken off them, and the head's rows in words."""
 
     loaded: list[str] = field(default_factory=list)
     resized: list[str] = field(default_factory=list)
     new: list[str] = field(default_factory=list)
     unused: list[str] = field(default_factory=list)
     prefix: str = ""
+    head: str = ""
 
     def __str__(self) -> str:
         lines = [f"{len(self.loaded)} tensors loaded"]
@@ -81,6 +97,8 @@ class LoadReport:
             if names:
                 shown = _listed(names)
                 lines.append(f"{what}: {shown}")
+        if self.head:
+            lines.append(f"head: {self.head}")
         return "; ".join(lines)
 
 
@@ -318,11 +336,14 @@ def resize_positions(table: Tensor, rows: int) -> Tensor:
     return torch.cat([leading, resized.permute(0, 2, 3, 1).flatten(0, 2).to(table.dtype)])
 
 
-def load_weights(model: nn.Module, checkpoint: Checkpoint, *, new_head: bool) -> LoadReport:
+def load_weights(
+    model: nn.Module, checkpoint: Checkpoint, *, new_head: bool, head_rows: HeadRows | None = None
+) -> LoadReport:
     """Load a checkpoint into a model; the image position table is resized when the resolution differs.
 
     Args:
         new_head: keys outside `beit3.` may be missing and keep their fresh values (fine-tuning).
+        head_rows: None: the rows of the head stay where they are.
 
     Raises:
         InputError: listing every missing key, every shape that does not fit, and the tensors that are no numbers.
@@ -340,6 +361,10 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, *, new_head: bool) ->
         problems.append(f"{path}: {len(unusable)} tensors cannot be weights: {shown}")
     elif POSITION_TABLE in given and POSITION_TABLE in wanted:
         problems += _fit_positions(given, wanted[POSITION_TABLE], report, path)
+    if head_rows is not None and not unusable:
+        report.head = head_rows.told
+        for name in given.keys() & wanted.keys() & set(head_rows.parameters):
+            given[name] = _moved_rows(given[name], wanted[name], head_rows.sources)
     for name, own in wanted.items():
         if name not in given:
             if new_head and not name.startswith("beit3."):
@@ -356,6 +381,16 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, *, new_head: bool) ->
         for name in report.loaded:
             wanted[name].copy_(given[name])
     return report
+
+
+def _moved_rows(table: Tensor, own: Tensor, sources: Sequence[int]) -> Tensor:
+    """The model's own fresh rows, with those of `table` in their new places; `table` itself where it does not fit."""
+    if table.dim() == 0 or table.shape[1:] != own.shape[1:] or max(sources, default=-1) >= table.shape[0]:
+        return table  # will be told as a shape
+    rows = torch.tensor(sources)
+    moved = own.clone()
+    moved[rows >= 0] = table[rows[rows >= 0]].to(own.dtype)
+    return moved
 
 
 def _of_another_model(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:

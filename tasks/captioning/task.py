@@ -76,7 +76,7 @@ class Captioning(Task):
         return {"loss": drop_worst(losses, ratio), "acc": accuracy}
 
     def predict_step(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Any]:
-        """ "caption": a text for each picture."""
+        """ "caption": a text for each picture; "finite" bool (B,): whether its score is a number."""
         captions = generate(
             getattr(model, "module", model),  # what DDP and DeepSpeed wrap has a forward pass only
             batch["image"],
@@ -85,7 +85,10 @@ class Captioning(Task):
             length_penalty=self.settings.length_penalty,
             max_tokens=self.data.num_max_bpe_tokens,
         )
-        return {"caption": [self.tokenizer.decode(ids) for ids in captions.best()]}
+        return {
+            "caption": [self.tokenizer.decode(ids) for ids in captions.best()],
+            "finite": captions.scores[:, 0].isfinite(),
+        }
 
     def score(self, columns: Columns, dataset: ImageTextDataset, split: str, final: bool) -> Scores:
         """The official scores against the captions people wrote; METEOR and SPICE, which need Java, only if `final`.

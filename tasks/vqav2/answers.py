@@ -7,7 +7,7 @@ import os
 import re
 from codecs import BOM_UTF8
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from beit3.system.errors import InputError
 
 MIN_ANSWER_COUNT = 9  # an answer given less often is not in the vocabulary
 ANSWER_FILE = "answer2label.txt"
+MIN_PEOPLE = 4  # per question; with fewer, even an answer that all of them gave has an official accuracy below 1
 
 # Soft score by votes of the ten annotators, of BEiT-3 and its predecessors (the official accuracy, averaged over which
 # annotator is left out, would give these values for 1, 2, 3 and 4 votes: 0.3, 0.6, 0.9, 1.0).
@@ -124,6 +125,29 @@ def read_answers(path: str | os.PathLike[str]) -> list[str]:
     return answers
 
 
+def answers_said(description: Mapping[str, Any]) -> list[str] | None:
+    """The answers, row by row, that a checkpoint says its head has; None where it says none.
+
+    Raises:
+        InputError: what it says is no list of texts.
+    """
+    said = description.get("answers")
+    if said is None:
+        return None
+    if type(said) is not list or not all(type(answer) is str for answer in said) or not said:
+        raise InputError(f"the checkpoint's description says answers that are no list of texts: {said!r:.80}")
+    return said
+
+
+def rows_by_text(old: Sequence[str], new: Sequence[str]) -> tuple[int, ...]:
+    """For each of the new answers the number that it has among the old ones, -1 where it is not among them.
+
+    `rows_by_text(["yes", "no"], ["red", "yes"]) == (-1, 0)`
+    """
+    number_of = {answer: number for number, answer in reversed(list(enumerate(old)))}
+    return tuple(number_of.get(answer, -1) for answer in new)
+
+
 def vqa_accuracy(answers: Mapping[int, str], annotations: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """The official VQA v2 accuracy.
 
@@ -133,33 +157,51 @@ def vqa_accuracy(answers: Mapping[int, str], annotations: Iterable[Mapping[str, 
 
     Returns percentages in [0, 100], not rounded (the official code rounds to two places): `overall`, `by_answer_type`
     and `by_question_type` (both name → percentage), and counts `questions`, `not_answered`, `not_annotated`. `overall`
-    is 0 where no question counts.
+    is 0 where no question counts. Where some questions have the answers of fewer than `MIN_PEOPLE`, which the formula
+    never gives 100, there are also `questions_of_few_people` and `exact_match`, the percentage of them whose answer
+    somebody gave; where all questions are such, the latter takes the place of `overall` and is what is grouped.
     """
-    totals: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0.0, 0])  # (grouping, name) → [sum, count]
-    found = not_answered = 0
+    # (grouping, name) → [sum of accuracies, exact matches, count]
+    totals: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0.0, 0.0, 0])
+    found = not_answered = few = 0
     for annotation in annotations:
         answer = answers.get(annotation["question_id"])
         if answer is None:
             not_answered += 1
             continue
         found += 1
-        accuracy = answer_accuracy(answer, [given["answer"] for given in annotation["answers"]])
+        humans = [given["answer"] for given in annotation["answers"]]
+        accuracy, exact = answer_accuracy(answer, humans), False
+        if len(humans) < MIN_PEOPLE:
+            few, exact = few + 1, is_exact(answer, humans)
         groups = (("overall", ""), ("answer", annotation["answer_type"]), ("question", annotation["question_type"]))
         for group in groups:
             totals[group][0] += accuracy
-            totals[group][1] += 1
+            totals[group][1] += exact
+            totals[group][2] += 1
+    only_few = few > 0 and few == found
 
-    def percentages(grouping: str) -> dict[str, float]:
-        return {name: 100 * total / n for (kind, name), (total, n) in totals.items() if kind == grouping}
+    def percentages(grouping: str, exact: bool = only_few) -> dict[str, float]:
+        return {name: 100 * sums[exact] / sums[2] for (kind, name), sums in totals.items() if kind == grouping}
 
+    overall = {} if only_few else {"overall": percentages("overall").get("", 0.0)}
+    if few:
+        overall |= {"exact_match": 100 * totals["overall", ""][1] / few, "questions_of_few_people": few}
     return {
-        "overall": percentages("overall").get("", 0.0),
+        **overall,
         "by_answer_type": percentages("answer"),
         "by_question_type": percentages("question"),
         "questions": found,
         "not_answered": not_answered,
         "not_annotated": len(answers) - found,
     }
+
+
+def is_exact(answer: str, human_answers: list[str]) -> bool:
+    """Whether somebody gave that answer, to the letter or in the form in which answers are counted."""
+    answer = _strip_space(answer)
+    given = list(map(_strip_space, human_answers))
+    return answer in given or normalize_word(answer) in map(normalize_word, given)
 
 
 def answer_accuracy(answer: str, human_answers: list[str]) -> float:
@@ -175,7 +217,7 @@ def answer_accuracy(answer: str, human_answers: list[str]) -> float:
         human_answers = [normalize_word(given) for given in human_answers]
     matches = human_answers.count(answer)
     total = sum(min(1.0, (matches - (given == answer)) / 3) for given in human_answers)
-    return total / len(human_answers)
+    return total / max(len(human_answers), 1)
 
 
 def _strip_space(text: str) -> str:

@@ -1,4 +1,4 @@
-"""VQAv2 before PyTorch is loaded: it has no flags of its own; which files it needs."""
+"""VQAv2 before PyTorch is loaded: its flag, and which files it needs."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+from beit3.system.flags import flag
 from tasks.settings import DataSettings, TaskSettings, missing_index
 from tasks.vqav2.answers import ANSWER_FILE
 from tasks.vqav2.index import index_file, make_vqa_index
@@ -21,6 +22,12 @@ SPLIT_FILES = {
 
 @dataclass(frozen=True)
 class VQAv2Settings(TaskSettings):
+    new_head: bool = flag(
+        False,
+        "start the head afresh; otherwise the rows of --finetune whose answers are known stay with their answers",
+        decides_steps=True,
+    )
+
     name: ClassVar[str] = "vqav2"
     task: ClassVar[str] = "tasks.vqav2.task:VQAv2"
     trains_as: ClassVar[str] = "vqav2"
@@ -28,9 +35,15 @@ class VQAv2Settings(TaskSettings):
     splits: ClassVar[tuple[str, ...]] = ("test", "test-dev", "val")
 
     def problems(self, data: DataSettings, training: bool) -> list[str]:
+        problems = []
+        if self.new_head and not training:
+            problems.append("--new_head: for training; --eval needs the head that was trained")
+        if data.data_path.is_dir():
+            problems += self._missing_files(data, training)
+        return problems
+
+    def _missing_files(self, data: DataSettings, training: bool) -> list[str]:
         folder = data.data_path
-        if not folder.is_dir():
-            return []
         splits = ("train", "val") if training else (data.split,)
         files = [index_file(name) for split in splits for name in SPLIT_FILES.get(split, ())]
         missing = [name for name in files if not (folder / name).is_file()]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +15,15 @@ from torch import Tensor, nn
 
 from beit3.data.image_text import ImageTextDataset
 from beit3.data.json_stream import stream_array
+from beit3.model.weights import Checkpoint, HeadRows
 from beit3.system.errors import InputError, printable
 from tasks.base import Columns, Scores, Task
-from tasks.vqav2.answers import ANSWER_FILE, vqa_accuracy
+from tasks.vqav2.answers import ANSWER_FILE, MIN_PEOPLE, answers_said, rows_by_text, vqa_accuracy
 from tasks.vqav2.dataset import VQAv2Dataset, read_answers
 
-HEAD = "head.3.weight"
+logger = logging.getLogger(__name__)
+
+HEAD, HEAD_BIAS = "head.3.weight", "head.3.bias"  # a row per answer
 # What the official files call the splits; the demo has annotations of its test split too.
 OFFICIAL_SPLITS = {"val": "val2014", "test": "test2015", "test-dev": "test-dev2015"}
 
@@ -27,30 +32,62 @@ class VQAv2(Task):
     best_metric = "score"
 
     _answers: list[str] | None = None
+    _data_answers: list[str] | None = None
 
     @property
     def answers(self) -> list[str]:
-        """Answer of each label: the checkpoint's own list, else `answer2label.txt` beside the data."""
-        if self._answers is None:
-            self._answers = read_answers(self.data.data_path)
-        return self._answers
+        """Answer of each row of the head: the checkpoint's own list, else that of the data."""
+        return self.data_answers if self._answers is None else self._answers
+
+    @property
+    def data_answers(self) -> list[str]:
+        """Answer of each label of the index: `answer2label.txt` beside it, where it is not there the checkpoint's."""
+        if self._data_answers is None:
+            there = self._answers is None or (self.data.data_path / ANSWER_FILE).is_file()
+            self._data_answers = read_answers(self.data.data_path) if there else self._answers
+        assert self._data_answers is not None
+        return self._data_answers
 
     def model_options(self, state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
         # A head that comes with the weights is kept as it is: its answers may be more than the data has.
         rows = state_dict[HEAD].shape[0] if HEAD in state_dict else len(self.answers)
         if len(self.answers) > rows:
             raise InputError(
-                f"{len(self.answers)} answers, but the head of the checkpoint has {rows}: labels go beyond the head. "
-                f"Make the index again with the annotation files the checkpoint was trained on"
+                f"{len(self.answers)} answers, but the head of the checkpoint has {rows} rows and does not say what "
+                "they mean: labels go beyond the head. Make the index again with the annotation files the checkpoint "
+                "was trained on, or train with --new_head, which starts the head afresh"
             )
         return {"num_classes": rows}
+
+    def starting_head(self, checkpoint: Checkpoint) -> tuple[Checkpoint, HeadRows | None]:
+        """Rows follow their answers, because two lists seldom give an answer the same number."""
+        state = checkpoint.state_dict
+        if self.settings.new_head:
+            kept = {name: tensor for name, tensor in state.items() if not name.startswith("head.")}
+            return replace(checkpoint, state_dict=kept), None
+        said = answers_said(checkpoint.description)
+        if said is None or HEAD not in state:
+            return checkpoint, None
+        if len(said) > state[HEAD].shape[0]:
+            raise InputError(
+                f"{checkpoint.path}: says {len(said)} answers, but its head has {state[HEAD].shape[0]} rows; start "
+                "the head afresh with --new_head"
+            )
+        told = _what_becomes(said, self.answers)
+        return checkpoint, HeadRows((HEAD, HEAD_BIAS), rows_by_text(said, self.answers), told)
 
     def describe(self) -> dict[str, Any]:
         return {"answers": self.answers}
 
     def adopt(self, description: Mapping[str, Any]) -> None:
-        if "answers" in description:
-            self._answers = list(description["answers"])
+        self._answers = answers_said(description)
+        if self._answers is not None:
+            unknown = sum(number < 0 for number in rows_by_text(self._answers, self.data_answers))
+            if unknown:
+                logger.warning(
+                    "%d of the %d answers in %s are none of the checkpoint's %d, so it never gives them",
+                    unknown, len(self.data_answers), self.data.data_path / ANSWER_FILE, len(self._answers),
+                )  # fmt: skip
         elif not (self.data.data_path / ANSWER_FILE).is_file():
             raise InputError(
                 f"the checkpoint does not say what its answers are, and {self.data.data_path / ANSWER_FILE}, "
@@ -64,7 +101,7 @@ class VQAv2(Task):
             self.transform(training),
             num_max_bpe_tokens=self.data.num_max_bpe_tokens,
             vocab_size=self.tokenizer.vocab_size,
-            num_answers=len(self.answers),
+            num_answers=len(self.data_answers),
             seed=self.data.seed,
             image_path=self.data.image_path,
         )
@@ -78,14 +115,15 @@ class VQAv2(Task):
         return {"loss": soft_answer_loss(logits, targets)}
 
     def predict_step(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Any]:
-        """ "label" int64 (B,): the number of the answer."""
+        """ "label" int64 (B,): the number of the answer; "finite" bool (B,): whether the logits are numbers."""
         logits = model(image=batch["image"], question=batch["token_ids"], padding_mask=batch["padding_mask"])
-        return {"label": logits[:, : len(self.answers)].argmax(dim=1)}  # a head may have more outputs than answers
+        known = logits[:, : len(self.answers)]  # a head may have more outputs than answers
+        return {"label": known.argmax(dim=1), "finite": logits.isfinite().all(dim=1)}
 
     def score(self, columns: Columns, dataset: ImageTextDataset, split: str, final: bool) -> Scores:
         """The mean soft score of the rows' own labels; after a prediction also the official accuracy."""
         known = dataset.table["labels"].values.size > 0  # test splits have no labels
-        metrics = {"score": 100.0 * sum(_soft_scores(columns, dataset)) / len(columns["row"])} if known else {}
+        metrics = {"score": 100.0 * sum(self._soft_scores(columns, dataset)) / len(columns["row"])} if known else {}
         report = self._official_report(columns, dataset, split) if final else None
         return Scores(metrics, report, _report_lines(report) if report is not None else ())
 
@@ -140,6 +178,11 @@ class VQAv2(Task):
         questions, answers = self._question_ids(columns, dataset), self._answer_texts(columns)
         return [{"question_id": q, "answer": answer} for q, answer in zip(questions, answers, strict=True)]
 
+    def _soft_scores(self, columns: Columns, dataset: ImageTextDataset) -> list[float]:
+        # Rows of the head and labels of the index may number the answers in two ways; the texts decide.
+        labels = np.array(rows_by_text(self.data_answers, self.answers))
+        return _soft_scores(columns["row"].numpy(), labels[columns["label"].numpy()], dataset)
+
     def _question_ids(self, columns: Columns, dataset: ImageTextDataset) -> list[int]:
         return dataset.table["qid"][columns["row"].numpy()].tolist()
 
@@ -160,8 +203,10 @@ class VQAv2(Task):
         pictures = {annotation["image_id"] for annotation in annotations if annotation["question_id"] in answers}
         accuracy = vqa_accuracy(answers, (a for a in annotations if a["image_id"] in pictures))
         asked = accuracy["questions"] + accuracy["not_answered"]
-        unindexed = accuracy["overall"] * accuracy["questions"] / max(asked, 1)
-        return {"split": split, **accuracy, "overall_with_unindexed": unindexed}
+        share = accuracy["questions"] / max(asked, 1)
+        name = "overall" if "overall" in accuracy else "exact_match"
+        unindexed = {f"{name}_with_unindexed": accuracy[name] * share}
+        return {"split": split, **accuracy, **unindexed}
 
     def _annotations(self, split: str) -> Path | None:
         return self._official_file(f"v2_mscoco_{OFFICIAL_SPLITS[split]}_annotations.json")
@@ -199,13 +244,23 @@ def soft_answer_loss(logits: Tensor, targets: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(logits.float(), targets.float()) * targets.shape[1]
 
 
-def _soft_scores(columns: Columns, dataset: ImageTextDataset) -> list[float]:
-    """Of each prediction the score, 0-1, that its row's labels give it; 0 where it is none of them."""
-    rows, predicted = columns["row"].numpy(), columns["label"].numpy()
+def _what_becomes(old: Sequence[str], new: Sequence[str]) -> str:
+    """Of the head's rows, for people; "" where all stay as they are."""
+    if list(old) == list(new):
+        return ""
+    kept = len(set(old) & set(new))
+    return f"{kept} answers kept, {len(set(new)) - kept} new, {len(set(old)) - kept} gone"
+
+
+def _soft_scores(rows: np.ndarray, predicted: np.ndarray, dataset: ImageTextDataset) -> list[float]:
+    """Of each prediction the score, 0-1, that its row's labels give it; 0 where it is none of them.
+
+    rows, predicted: (N,) int64, the row and the label of the index; -1: an answer that has no label.
+    """
     labels, scores = dataset.table["labels"], dataset.table["scores"]
     # The labels of all rows lie end to end: an entry counts for its row when the label is the predicted one.
     row_of_entry = np.repeat(np.arange(len(labels)), labels.lengths)
-    wanted = np.full(len(labels), -1)
+    wanted = np.full(len(labels), -1)  # labels are 0 or more
     wanted[rows] = predicted
     hits = np.flatnonzero(labels.values == wanted[row_of_entry])
     by_row = np.zeros(len(labels))
@@ -214,10 +269,20 @@ def _soft_scores(columns: Columns, dataset: ImageTextDataset) -> list[float]:
 
 
 def _report_lines(report: Mapping[str, Any]) -> list[str]:
-    lines = [f"official VQA accuracy: {report['overall']:.2f} on {report['questions']} questions"]
+    lines, name = [], "overall"
+    if "overall" in report:
+        lines.append(f"official VQA accuracy: {report['overall']:.2f} on {report['questions']} questions")
+    else:
+        name = "exact_match"
+    if "exact_match" in report:
+        lines += [
+            f"exact match: {report['exact_match']:.2f} on {report['questions_of_few_people']} questions",
+            f"  these have the answers of fewer than {MIN_PEOPLE} people, which the formula of the official VQA "
+            "accuracy needs",
+        ]
     if report["not_answered"]:
         lines.append(
-            f"  {report['overall_with_unindexed']:.2f} when the {report['not_answered']} questions of these "
+            f"  {report[f'{name}_with_unindexed']:.2f} when the {report['not_answered']} questions of these "
             "pictures without an answer in the vocabulary count as wrong"
         )
     for part in ("answer_type", "question_type"):
