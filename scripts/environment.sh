@@ -2,21 +2,25 @@
 #
 #   use_environment REQUIREMENTS MODULE…
 #
-# An active environment that has every MODULE is used as it is. Otherwise .venv is made, with REQUIREMENTS installed;
-# what was installed is remembered by a hash of the requirements, so a second run installs nothing.
+# An active environment that has every MODULE is used as it is. Otherwise .venv is, where scripts/install.py puts what
+# REQUIREMENTS names, in the versions of constraints.txt, or with LATEST=1 in the newest; a second run installs nothing.
 
 use_environment() {
-    local requirements=$1 module missing
+    local requirements=$1 missing
     shift
     local active=${PYTHON:-python3}
     if ! command -v "$active" > /dev/null; then
-        echo "error: $active not found; install Python 3.10 or newer" >&2
+        echo "error: $active not found; install Python 3.10 or newer, or name one: PYTHON=/path/to/python3" >&2
         return 1
     fi
+    # A .venv may be active although its install was cut off: then modules are found of which half is there.
     missing=$("$active" - "$@" << 'PYTHON_END'
-import importlib.util, sys
+import os, sys
 if sys.version_info < (3, 10):
-    sys.exit("error: Python 3.10 or newer is needed, this is " + sys.version.split()[0])
+    sys.exit("error: Python 3.10 or newer is needed, this is " + sys.version.split()[0] + "; name one: PYTHON=/path/to/python3")
+import importlib.util
+if os.path.realpath(sys.prefix) == os.path.realpath(".venv") and os.path.exists(".venv/unfinished"):
+    print("whole .venv")
 print(*(name for name in sys.argv[1:] if importlib.util.find_spec(name) is None))
 PYTHON_END
     ) || return 1
@@ -24,24 +28,7 @@ PYTHON_END
         PYTHON=$(command -v "$active")
         return 0
     fi
-    local wanted stamp=.venv/installed.$(basename "$requirements").sha256
-    wanted=$(cat requirements.txt "$requirements" | sha256sum)
-    if [ "$(cat "$stamp" 2> /dev/null)" != "$wanted" ]; then
-        echo "installing $requirements into .venv (the active Python has no $(echo $missing | cut -d' ' -f1); two minutes, 6 GB of disk) …"
-        if ! "$active" -m venv .venv 2> .venv.log; then
-            cat .venv.log >&2
-            echo "error: $active -m venv failed; on Debian and Ubuntu: apt-get install python3-venv" >&2
-            return 1
-        fi
-        rm -f .venv.log
-        # pip chats a lot; it is heard only when it fails.
-        if ! .venv/bin/python -m pip install -qq --disable-pip-version-check -r "$requirements" > .venv/install.log 2>&1; then
-            cat .venv/install.log >&2
-            echo "error: installing $requirements failed; the lines above say why. Run the same command again to retry" >&2
-            return 1
-        fi
-        echo "$wanted" > "$stamp"
-    fi
+    "$active" scripts/install.py "$requirements" || return
     PYTHON=$PWD/.venv/bin/python
 }
 
