@@ -317,10 +317,14 @@ def test_a_manifest_of_another_form_is_damage_and_no_traceback(tmp_path, kind):
 
 
 @pytest.mark.parametrize(
-    "fingerprint", [{"recipe": [1]}, {"data": "x"}, {"recipe": {"--lr": torch.ones(1)}}, {"recipe": {1: 2}}]
-)
-def test_a_fingerprint_of_another_form_is_refused_by_name(tmp_path, fingerprint):
-    path = plain(tmp_path, "checkpoint-0", fingerprint=fingerprint)
+    "change",
+    [
+        {"recipe": [1]}, {"data": "x"}, {"recipe": {"--lr": torch.ones(1)}}, {"recipe": {1: 2}}, {"versions": None},
+        {"format": "2"}, {"format": None}, {"format": True}, {"format": 0}, {"world_size": [2]}, {"world_size": None},
+    ],
+)  # fmt: skip
+def test_a_fingerprint_of_another_form_is_refused_by_name(tmp_path, change):
+    path = plain(tmp_path, "checkpoint-0", fingerprint={**FINGERPRINT, **change})
     with pytest.raises(InputError, match=r"checkpoint-0\.pth: .*fingerprint"):
         read_fingerprint(path)
 

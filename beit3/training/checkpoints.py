@@ -87,8 +87,12 @@ def read_fingerprint(path: Path) -> dict[str, Any]:
     fingerprint = dict(content["fingerprint"])
     check_plain(fingerprint, path, "fingerprint")
     for part in ("versions", "recipe", "data"):
-        if not isinstance(fingerprint.get(part, {}), dict):
+        if not isinstance(fingerprint.get(part), dict):
             raise InputError(f"{path}: not a checkpoint of this toolkit, {part} in its fingerprint is no mapping")
+    for part in ("format", "world_size"):
+        number = fingerprint.get(part)
+        if type(number) is not int or number < 1:  # True is an int too
+            raise InputError(f"{path}: not a checkpoint of this toolkit, {part} in its fingerprint is no number")
     return fingerprint
 
 
