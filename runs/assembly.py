@@ -28,6 +28,7 @@ from modeling_finetune import BEiT3Model
 from optim_factory import cosine_schedule, create_optimizer, parameter_groups
 from runs import output_folder
 from runs.settings import Settings
+from runs.together import refuse_together
 from tasks.base import Task, make_task
 
 logger = logging.getLogger(__name__)
@@ -139,9 +140,7 @@ def check_prediction(task: Task, dataset: ImageTextDataset, split: str, folder: 
         remark = task.remark(split)
         if remark is not None:
             logger.warning("%s", remark)
-    problems = utils.broadcast(problems)
-    if problems:
-        raise InputError(problems)
+    refuse_together(problems)
 
 
 def check_validation(task: Task, process: utils.Process) -> None:
@@ -150,9 +149,7 @@ def check_validation(task: Task, process: utils.Process) -> None:
     Raises:
         InputError: on every process.
     """
-    problems = utils.broadcast(task.check_references("val", final=False) if process.is_main else [])
-    if problems:
-        raise InputError(problems)
+    refuse_together(task.check_references("val", final=False) if process.is_main else [])
 
 
 def check_room(
@@ -162,9 +159,7 @@ def check_room(
     problems: list[str] = []
     if process.is_main:
         problems = output_folder.check_room(settings, num_parameters, steps_per_epoch, resume_from)
-    problems = utils.broadcast(problems)
-    if problems:
-        raise InputError(problems)
+    refuse_together(problems)
 
 
 def check_pictures(settings: Settings, process: utils.Process, *datasets: ImageTextDataset) -> None:
@@ -178,9 +173,7 @@ def check_pictures(settings: Settings, process: utils.Process, *datasets: ImageT
         needed = [dataset for dataset in datasets if not dataset.skip_bad_images]
         paths = sorted({path for dataset in needed for path in dataset.image_paths()})
         problems = screen_images(paths, settings.data.image_path or settings.data.data_path)
-    problems = utils.broadcast(problems)
-    if problems:
-        raise InputError(problems)
+    refuse_together(problems)
 
 
 def backend_settings(settings: Settings, process: utils.Process) -> BackendSettings:

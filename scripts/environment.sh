@@ -64,7 +64,7 @@ choose_task_and_launcher() {
             ;;
     esac
     GPUS=${GPUS:-$("$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))')}
-    launch=("$PYTHON" -m torch.distributed.run --nproc_per_node "$GPUS")
+    launch=("$PYTHON" -m runs.launch --nproc_per_node "$GPUS")
     if [ "${NNODES:-1}" = 1 ]; then
         launch+=(--standalone)
     else
