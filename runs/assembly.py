@@ -29,7 +29,7 @@ from optim_factory import cosine_schedule, create_optimizer, parameter_groups
 from runs import output_folder
 from runs.settings import Settings
 from runs.together import refuse_together
-from tasks.base import Task, make_task
+from tasks.base import Columns, Task, make_task
 
 logger = logging.getLogger(__name__)
 
@@ -127,6 +127,14 @@ def problems_of_rows(task: Task, dataset: ImageTextDataset, split: str) -> list[
         return [f"{error.filename}: cannot be read ({error.strerror})"]
 
 
+def problems_afterwards(task: Task, columns: Columns, dataset: ImageTextDataset, split: str) -> list[str]:
+    """Why what was predicted is no complete submission."""
+    answered = len(columns["row"])
+    if answered != len(dataset):
+        return [f"{answered} predictions for {len(dataset)} examples"]
+    return problems_of_rows(task, dataset, split)
+
+
 def check_prediction(task: Task, dataset: ImageTextDataset, split: str, folder: Path, process: utils.Process) -> None:
     """Whatever could spoil a prediction's end and can be known at its beginning, by the first process for all.
 
@@ -143,13 +151,14 @@ def check_prediction(task: Task, dataset: ImageTextDataset, split: str, folder: 
     refuse_together(problems)
 
 
-def check_validation(task: Task, process: utils.Process) -> None:
-    """That what validation is scored against can be read, before an epoch is trained for it.
+def check_data(settings: Settings, process: utils.Process, task: Task, *datasets: ImageTextDataset) -> None:
+    """Whatever of a training's data can be judged before an epoch is trained: right answers and pictures.
 
     Raises:
         InputError: on every process.
     """
     refuse_together(task.check_references("val", final=False) if process.is_main else [])
+    check_pictures(settings, process, *datasets)
 
 
 def check_room(

@@ -1,4 +1,4 @@
-"""torchrun whose last line is the cause: `python -m runs.launch --standalone --nproc_per_node 8 run_beit3_finetuning.py`
+"""torchrun whose last line is the cause: `python -m runs.launch --nproc_per_node 8 run_beit3_finetuning.py …`
 
 Takes what torchrun takes. When a process fails, torchrun itself ends with a traceback of its own code, below which
 nobody looks for what the process said; here what it said comes last. The exit status is torchrun's, 1, or 128 + signal.

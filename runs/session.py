@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import time
@@ -14,6 +13,7 @@ import torch
 
 import utils
 from beit3.system.errors import BadImageError, CheckpointError, InputError
+from runs import cause
 from runs.output_folder import Lock, why_not_writable
 from runs.settings import Settings
 from runs.together import SharedRefusal, refuse_together
@@ -59,13 +59,9 @@ def run(settings: Settings, body: Body) -> int:
 
 
 def tell(message: str) -> None:
-    """Say why the run ends, and leave it to torchrun, which repeats it below the traceback of its own."""
+    """Say why the run ends, to the user and to the launcher."""
     logger.error("%s", message)
-    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if file:
-        with contextlib.suppress(OSError):
-            content = {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}
-            Path(file).write_text(json.dumps({"message": content}), encoding="utf-8")
+    cause.leave(message)
 
 
 def _run(settings: Settings, body: Body) -> int:
