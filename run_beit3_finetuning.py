@@ -16,6 +16,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from beit3.system.errors import InputError
 from beit3.system.terminal import for_terminal, print_anywhere
+from runs import cause
 from runs.command_line import read_settings
 from runs.settings import Settings
 
@@ -33,6 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     except InputError as error:  # all processes of a launcher read the same line; one of them tells
         if int(os.environ.get("RANK", "0")) == 0:
             print(for_terminal(f"error: {error}"), file=sys.stderr)
+            cause.leave(str(error))
         return 2
     # PyTorch is loaded from here on, so that help and mistakes in the flags are told at once.
     from runs import session
@@ -57,8 +59,7 @@ def train(settings: Settings, process: utils.Process, stop: utils.StopSignal) ->
     checkpoint = assembly.read_weights(settings)
     train_set, val_set = task.dataset("train", training=True), task.dataset("val", training=False)
     train_set.skip_bad_images = settings.data.skip_bad_images
-    assembly.check_validation(task, process)
-    assembly.check_pictures(settings, process, train_set, val_set)
+    assembly.check_data(settings, process, task, train_set, val_set)
     sampler = assembly.training_sampler(settings, train_set, process)
     fingerprint = state.make_fingerprint(settings, task, process, train_set, val_set)
     keeping = state.what_is_kept(settings, fingerprint)
@@ -146,18 +147,13 @@ def one_epoch(
 def predict(settings: Settings, process: utils.Process, stop: utils.StopSignal) -> int:
     """Answer a split with a checkpoint; write the submission, and the scores where the right answers are known.
 
-    Returns:
-        The exit status: 1 where what was computed is written but not as it should be, which is told.
-
-    Raises:
-        InputError: before the first batch, for whatever can be known by then.
-        utils.StopRequested: nothing was written.
+    Returns the exit status: 1 where what was computed is written but not as it should be. Raises InputError before the
+    first batch for whatever can be known by then, and utils.StopRequested, with nothing written.
     """
     from engine_for_finetuning import evaluate
     from runs import assembly, log
 
-    split, folder = settings.data.split, Path(settings.run.output_dir)
-    task = assembly.build_task(settings)
+    task, split, folder = assembly.build_task(settings), settings.data.split, Path(settings.run.output_dir)
     checkpoint = assembly.read_weights(settings)
     dataset = task.dataset(split, training=False)
     assembly.check_prediction(task, dataset, split, folder, process)
@@ -174,14 +170,8 @@ def predict(settings: Settings, process: utils.Process, stop: utils.StopSignal) 
     )
     if columns is None:  # not the first process
         return 0
-    answered = len(columns["row"])
-    problems = [] if answered == len(dataset) else [f"{answered} predictions for {len(dataset)} examples"]
-    rows = assembly.problems_of_rows(task, dataset, split)
-    well = log.write_results(folder, task, columns, dataset, split, problems or rows)
-    remark = task.remark(split)
-    if remark is not None:
-        log.logger.warning("%s", remark)
-    return 0 if well else 1
+    problems = assembly.problems_afterwards(task, columns, dataset, split)
+    return 0 if log.write_results(folder, task, columns, dataset, split, problems) else 1
 
 
 if __name__ == "__main__":

@@ -29,7 +29,8 @@ from optim_factory import cosine_schedule, create_optimizer, parameter_groups
 from runs import output_folder
 from runs.command_line import other_tokenizer
 from runs.settings import Settings
-from tasks.base import Task, make_task
+from runs.together import refuse_together
+from tasks.base import Columns, Task, make_task
 
 logger = logging.getLogger(__name__)
 
@@ -139,6 +140,14 @@ def problems_of_rows(task: Task, dataset: ImageTextDataset, split: str) -> list[
         return [f"{error.filename}: cannot be read ({error.strerror})"]
 
 
+def problems_afterwards(task: Task, columns: Columns, dataset: ImageTextDataset, split: str) -> list[str]:
+    """Why what was predicted is no complete submission."""
+    answered = len(columns["row"])
+    if answered != len(dataset):
+        return [f"{answered} predictions for {len(dataset)} examples"]
+    return problems_of_rows(task, dataset, split)
+
+
 def check_prediction(task: Task, dataset: ImageTextDataset, split: str, folder: Path, process: utils.Process) -> None:
     """Whatever could spoil a prediction's end and can be known at its beginning, by the first process for all.
 
@@ -152,20 +161,17 @@ def check_prediction(task: Task, dataset: ImageTextDataset, split: str, folder: 
         remark = task.remark(split)
         if remark is not None:
             logger.warning("%s", remark)
-    problems = utils.broadcast(problems)
-    if problems:
-        raise InputError(problems)
+    refuse_together(problems)
 
 
-def check_validation(task: Task, process: utils.Process) -> None:
-    """That what validation is scored against can be read, before an epoch is trained for it.
+def check_data(settings: Settings, process: utils.Process, task: Task, *datasets: ImageTextDataset) -> None:
+    """Whatever of a training's data can be judged before an epoch is trained: right answers and pictures.
 
     Raises:
         InputError: on every process.
     """
-    problems = utils.broadcast(task.check_references("val", final=False) if process.is_main else [])
-    if problems:
-        raise InputError(problems)
+    refuse_together(task.check_references("val", final=False) if process.is_main else [])
+    check_pictures(settings, process, *datasets)
 
 
 def check_room(
@@ -175,9 +181,7 @@ def check_room(
     problems: list[str] = []
     if process.is_main:
         problems = output_folder.check_room(settings, num_parameters, steps_per_epoch, resume_from)
-    problems = utils.broadcast(problems)
-    if problems:
-        raise InputError(problems)
+    refuse_together(problems)
 
 
 def check_pictures(settings: Settings, process: utils.Process, *datasets: ImageTextDataset) -> None:
@@ -191,10 +195,11 @@ def check_pictures(settings: Settings, process: utils.Process, *datasets: ImageT
         needed = [dataset for dataset in datasets if not dataset.skip_bad_images]
         paths = sorted({path for dataset in needed for path in dataset.image_paths()})
         problems = screen_images(paths, settings.data.image_path or settings.data.data_path)
-    problems = utils.broadcast(problems)
     if problems:
-        hint = "mend or remove them" + ("" if settings.run.eval else "; --skip_bad_images trains without them")
-        raise InputError([*problems, hint])
+        problems.append(
+            "mend or remove them" + ("" if settings.run.eval else "; --skip_bad_images trains without them")
+        )
+    refuse_together(problems)
 
 
 def backend_settings(settings: Settings, process: utils.Process) -> BackendSettings:

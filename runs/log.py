@@ -13,7 +13,7 @@ from typing import Any
 
 from beit3.data.image_text import ImageTextDataset
 from beit3.system.atomic_files import atomic_write
-from beit3.system.errors import CheckpointError
+from beit3.system.errors import CheckpointError, InputError
 from engine_for_finetuning import TrainingRun, Validation
 from runs.output_folder import set_aside
 from runs.settings import Settings
@@ -130,10 +130,10 @@ def _read_log(path: Path) -> tuple[list[tuple[int, str]], str | None]:
 def write_results(
     folder: Path, task: Task, columns: Columns, dataset: ImageTextDataset, split: str, problems: list[str]
 ) -> bool:
-    """The submission, then what it is worth where the right answers are known; whether all is well.
+    """The submission, then what it is worth where the right answers are known, and what the user should know of it.
 
     problems: why it is no complete submission. What was computed is kept all the same, under another name, and nothing
-    that fails afterwards takes it away.
+    that fails afterwards takes it away. Returns whether all is well.
     """
     submission = task.submission(columns, dataset, split)
     name = task.submission_file(split)
@@ -142,10 +142,11 @@ def write_results(
         file = keep_json(folder, f"{name}.json" if well else f"{name}.incomplete.json", submission)
         well = well and file.parent == folder
         logger.info("%s: %d predictions", file, len(submission))
-    for problem in problems:
-        logger.error("%s", problem)
+    remark = task.remark(split)
+    if remark is not None:
+        logger.warning("%s", remark)
     if problems:
-        logger.error("the submission is not complete, so it was written under another name and not scored")
+        logger.error("%s", InputError([*problems, "so the submission was written under another name and not scored"]))
         return False
     try:
         scores = task.score(columns, dataset, split, final=True)

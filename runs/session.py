@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import time
@@ -14,14 +13,16 @@ import torch
 
 import utils
 from beit3.system.errors import BadImageError, CheckpointError, InputError
+from runs import cause
 from runs.output_folder import Lock, why_not_writable
 from runs.settings import Settings
+from runs.together import SharedRefusal, refuse_together
 
 logger = logging.getLogger(__name__)
 
 # Most mistakes are found by all processes alike. Where the first has found it too, the launcher ends the others within
 # this time, so it is told once; where only another one has (it has no GPU, say), that one tells.
-SECONDS_FOR_THE_FIRST = 3.0
+SECONDS_FOR_THE_FIRST = 5.0
 
 Body = Callable[[Settings, utils.Process, utils.StopSignal], int]
 
@@ -36,10 +37,12 @@ def run(settings: Settings, body: Body) -> int:
     try:
         status = _run(settings, body)
     except (InputError, ValueError) as error:
-        if os.environ.get("RANK", "0") != "0":
-            time.sleep(SECONDS_FOR_THE_FIRST)
-        tell(str(error))
         status = 2
+        first = os.environ.get("RANK", "0") == "0"
+        if not first and not isinstance(error, SharedRefusal):
+            time.sleep(SECONDS_FOR_THE_FIRST)
+        if first or not isinstance(error, SharedRefusal):
+            tell(str(error))
     except (BadImageError, FloatingPointError, CheckpointError) as error:
         # From a loader's process it comes with that process's traceback; the last line is the message.
         tell(str(error).strip().splitlines()[-1])
@@ -56,13 +59,9 @@ def run(settings: Settings, body: Body) -> int:
 
 
 def tell(message: str) -> None:
-    """Say why the run ends, and leave it to torchrun, which repeats it below the traceback of its own."""
+    """Say why the run ends, to the user and to the launcher."""
     logger.error("%s", message)
-    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if file:
-        with contextlib.suppress(OSError):
-            content = {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}
-            Path(file).write_text(json.dumps({"message": content}), encoding="utf-8")
+    cause.leave(message)
 
 
 def _run(settings: Settings, body: Body) -> int:
@@ -103,9 +102,7 @@ def check_output(output_dir: str) -> None:
         InputError: on all processes, when one cannot.
     """
     problem = why_not_writable(Path(output_dir)) if output_dir else None
-    problems = list(dict.fromkeys(each for each in utils.gather(problem) if each is not None))
-    if problems:
-        raise InputError(problems)
+    refuse_together(list(dict.fromkeys(each for each in utils.gather(problem) if each is not None)))
 
 
 @contextlib.contextmanager
@@ -121,9 +118,7 @@ def hold(folder: Path | None, process: utils.Process, patience_seconds: float) -
             lock = Lock(folder, patience_seconds)
         except InputError as error:
             problems = error.problems
-    problems = utils.broadcast(problems)
-    if problems:
-        raise InputError(problems)
+    refuse_together(problems)
     try:
         yield
     finally:

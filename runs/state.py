@@ -33,6 +33,7 @@ from beit3.training.checkpoints import (
 from beit3.training.ema import ModelEma
 from engine_for_finetuning import EpochState, Validation
 from runs.settings import Settings
+from runs.together import refuse_together
 from tasks.base import Task
 
 logger = logging.getLogger(__name__)
@@ -132,10 +133,8 @@ def find_resumable(keeping: Keeping, process: utils.Process) -> Path | None:
             problems = [] if path is None else _why_not(keeping, path)
         except InputError as error:
             problems = error.problems
-    path, problems = utils.broadcast((path, problems))
-    if problems:
-        raise InputError(problems)
-    return path
+    refuse_together(problems)
+    return utils.broadcast(path)
 
 
 def _newest_complete(keeping: Keeping) -> Path | None:

@@ -60,16 +60,17 @@ run_module() {
 }
 
 # Leaves in $GPUS the number of processes on this machine and in the array launch the start of the command: the program
-# alone for one process, torchrun in front for several.
+# alone for one process, torchrun in front for several (in `runs.launch`, which ends with the cause and not a traceback).
 choose_launcher() {
     GPUS=${GPUS:-$("$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))')}
     launch=("$PYTHON")
+    local several=(env "PYTHONPATH=$project${PYTHONPATH:+:$PYTHONPATH}" "$PYTHON" -m runs.launch)
     if [ "${NNODES:-1}" != 1 ]; then
-        launch+=(-m torch.distributed.run --nproc_per_node "$GPUS" --nnodes "$NNODES"
+        launch=("${several[@]}" --nproc_per_node "$GPUS" --nnodes "$NNODES"
             --node_rank "${NODE_RANK:?set NODE_RANK, 0 on the first machine}"
             --master_addr "${MASTER_ADDR:?set MASTER_ADDR, the first machine}" --master_port "${MASTER_PORT:-29500}")
     elif [ "$GPUS" != 1 ]; then
-        launch+=(-m torch.distributed.run --nproc_per_node "$GPUS" --standalone)
+        launch=("${several[@]}" --nproc_per_node "$GPUS" --standalone)
     fi
     launch+=("${root}run_beit3_finetuning.py")
 }

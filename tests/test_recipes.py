@@ -102,7 +102,7 @@ def test_a_step_takes_the_published_pairs_on_any_number_of_gpus(told, gpus, extr
     result, [index, training] = told("bash.sh", *extra, DATA_PATH="/d", SPM="s", GPUS=gpus)
     assert "128 pairs per step, as published" in result.stdout
     assert value(training, "--update_freq") == freq
-    assert ("torch.distributed.run" in training) == (gpus != "1")
+    assert ("runs.launch" in training) == (gpus != "1")
     assert index[1:] == ["-m", "tasks.make_index", "vqav2", "/d", "s"]
     assert result.stdout.endswith("next:       DATA_PATH=/d FINETUNE=output/checkpoint-best bash prediction.sh\n")
 
