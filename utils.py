@@ -173,14 +173,14 @@ def gather_columns(columns: Mapping[str, Any]) -> list[dict[str, Any]] | None:
             elif main:
                 buffer = _on_wire(torch.empty(shape, dtype=dtype))
                 dist.recv(buffer, src=rank)
-                received[rank][name] = buffer.cpu()
+                received[rank][name] = buffer.cpu().view(dtype).reshape(shape)
     return received if main else None
 
 
 def _on_wire(tensor: torch.Tensor) -> torch.Tensor:
-    """Where the backend of the process group can send it from."""
-    on_gpu = dist.get_backend() == "nccl"
-    return tensor.contiguous().cuda() if on_gpu else tensor.contiguous()
+    """Its bytes (N,), which every backend can send, from where the backend of the process group can send them."""
+    content = tensor.contiguous().flatten().view(torch.uint8)
+    return content.cuda() if dist.get_backend() == "nccl" else content
 
 
 def broadcast(value: T) -> T:

@@ -196,9 +196,8 @@ def check_pictures(settings: Settings, process: utils.Process, *datasets: ImageT
         paths = sorted({path for dataset in needed for path in dataset.image_paths()})
         problems = screen_images(paths, settings.data.image_path or settings.data.data_path)
     if problems:
-        problems.append(
-            "mend or remove them" + ("" if settings.run.eval else "; --skip_bad_images trains without them")
-        )
+        without = "" if settings.run.eval else "; --skip_bad_images trains without them"
+        problems.append(f"mend or remove them{without}")
     refuse_together(problems)
 
 

@@ -46,7 +46,8 @@ def test_a_recipe_has_the_published_values(task, size, no_files):
     pairs, lr, drop_path, weight_decay = PUBLISHED[task, size]
     assert f"# pairs per step: {pairs}" in lines(f"{task}.{size}")
     spm = ["--sentencepiece_model", str(reference.MINI_COCO / "mini.spm")]
-    settings = read_settings(["--task", task, *flags(f"{task}.{size}"), *spm])
+    model = ["--model", f"beit3_{size}_patch16_480"]
+    settings = read_settings(["--task", task, *flags(f"{task}.{size}"), *model, *spm])
     optimizer = settings.optimizer
     assert (optimizer.lr, settings.model.drop_path, optimizer.weight_decay) == (lr, drop_path, weight_decay)
     assert (optimizer.epochs, optimizer.warmup_epochs, optimizer.layer_decay) == (10, 1, 1.0)
