@@ -103,6 +103,7 @@ class _Reader:
 
     def __init__(self, argv: Sequence[str]) -> None:
         self.problems: list[str] = []
+        self.tokenizer: tuple[str, str] | None = None  # its name for people and its SHA-256
         parser = Parser()
         parser.add_argument("--task", dest="task")
         for settings in CONCERNS.values():
@@ -141,6 +142,7 @@ class _Reader:
             ignored=self.ignored,
         )
         settings = replace(settings, tokenizer=self._tokenizer(settings))
+        settings = self._look_at_index(settings)
         self.problems += _problems(settings)
         if self.problems:
             raise InputError(self.problems)
@@ -246,6 +248,7 @@ class _Reader:
         except InputError as error:
             self.problems += error.problems
             return None
+        self.tokenizer = (str(tokenizer.path), tokenizer.sha256)
         if tokenizer.vocab_size > settings.model.vocab_size:
             self.problems.append(
                 f"the tokenizer {tokenizer.path} makes ids up to {tokenizer.vocab_size - 1}, the model has "
@@ -254,6 +257,22 @@ class _Reader:
         if checkpoint is not None:
             self.problems += other_tokenizer(checkpoint.path, checkpoint.description, tokenizer)
         return source
+
+    def _look_at_index(self, settings: Settings) -> Settings:
+        """Refuse an index that was made with another tokenizer; the rest is told when the run begins."""
+        data, training = settings.data, not settings.run.eval
+        if not data.data_path.is_dir() or settings.task.problems(data, training):
+            return settings  # the files that are missing are what matters
+        remarks: list[str] = []
+        for fit in settings.task.index_fit(data, training, self.tokenizer):
+            self.problems += [f"{problem}. Make the index again with yours" for problem in fit.tokenizer]
+            remarks += fit.told
+            if fit.stale:
+                remarks.append(
+                    f"the index is out of date: {'; '.join(fit.stale)}. To make it again: "
+                    f"python3 -m tasks.make_index {settings.task.name} {data.data_path} SPM"
+                )
+        return replace(settings, remarks=tuple(remarks))
 
     def _to_start_from(self, settings: Settings) -> About | None:
         """What the weights to start from say of themselves, where that can be read at once, or is needed.

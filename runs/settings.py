@@ -155,6 +155,7 @@ class Settings:
         tokenizer: the tokenizer's file or its content; None for a task without text.
         checkpoint: what the checkpoint to predict with says of itself; None in training.
         ignored: flags that were given and do nothing, each with the reason.
+        remarks: what is worth knowing of the data before a run begins.
     """
 
     task: TaskSettings
@@ -166,6 +167,7 @@ class Settings:
     tokenizer: Path | bytes | None = None
     checkpoint: About | None = None
     ignored: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
 
     @property
     def model_name(self) -> str:
