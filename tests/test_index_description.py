@@ -202,7 +202,7 @@ def test_files_of_the_original_are_taken_with_one_line(coco, capsys):
         b'{"format": 1, "version": 1, "official_files": 3, "index_files": {}, "pictures": {}}',
         b'{"format": 1, "version": 1, "official_files": {}, "index_files": {"vqa.test.jsonl": 1}, "pictures": {}}',
         b'{"format": 1, "version": 1, "official_files": {}, "index_files": {}, "pictures": {"val2014": {}}}',
-    ],  # fmt: skip
+    ],
 )
 def test_a_description_that_cannot_be_read_is_told_in_one_line(coco, content):
     (coco / "vqa.index.json").write_bytes(content)
