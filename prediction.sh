@@ -1,42 +1,45 @@
 #!/usr/bin/env bash
 # Answers the test questions and writes the submission for the VQA server.
 #
-#   bash prediction.sh                            nothing named: the demo's test questions, with the model bash.sh made
+#   DATA_PATH=/data/coco FINETUNE=output/checkpoint-best bash prediction.sh
+#                                                 your own checkpoint, which says all about itself
 #   DATA_PATH=/data/coco SPM=beit3.spm FINETUNE=beit3_base_patch16_480_vqa.pth bash prediction.sh
+#                                                 a released one
+#   bash prediction.sh                            nothing named: dataset/ and beit3_base_patch16_480_vqa.pth where these lie in
+#                                                 this folder, else the demo's test questions, with the model bash.sh made
 #   … bash prediction.sh --split val              any flag of run_beit3_finetuning.py: the last one given counts
 #
 # DATA_PATH     folder with the pictures and the index files (dataset)
-# SPM           the tokenizer (beit3.spm)
-# FINETUNE      a fine-tuned checkpoint, released or your own (beit3_base_patch16_480_vqa.pth)
-# MODEL         beit3_base_patch16_480; INPUT_SIZE follows from it
-# OUTPUT_DIR    where submit_vqav2_test.json goes (your_prediction)
-# TASK, GPUS, NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT, PYTHON    as in bash.sh
+# IMAGE_PATH    folder with the pictures, where they lie elsewhere (DATA_PATH)
+# FINETUNE      a fine-tuned checkpoint, released or your own
+# SPM           the tokenizer (the checkpoint's own; beit3.spm for released ones)
+# TASK, MODEL   where the checkpoint does not say, or nocaps with a captioning checkpoint
+# OUTPUT_DIR    where the submission goes (your_prediction)
+# GPUS, NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT, PYTHON    as in bash.sh
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")"
-source scripts/environment.sh
-use_environment requirements.txt $RUNTIME_MODULES
+source "$(dirname "${BASH_SOURCE[0]}")/scripts/environment.sh"
+in_project use_environment requirements.txt $RUNTIME_MODULES
+choose_launcher
 
-choose_task_and_launcher
-
-case $TASK in
-    vqav2) extra=() ;;
-    *) extra=(--num_max_bpe_tokens 32) ;;
-esac
-if [ -z "${DATA_PATH:-}${FINETUNE:-}" ]; then
-    DATA_PATH=demo_data SPM=demo_data/demo.spm MODEL=beit3_tiny_patch16_64 FINETUNE=output/demo_$TASK/checkpoint-best
-    extra+=(--vocab_size 512 --num_workers 1)
+flags=()
+released=beit3_base_patch16_480_vqa.pth
+if [ -z "${DATA_PATH:-}${FINETUNE:-}" ] && ! { [ -d dataset ] && [ -e "$released" ]; }; then
+    demo=${TASK:-vqav2}
+    DATA_PATH=${root}demo_data FINETUNE=${root}output/demo_$demo/checkpoint-best
+    flags+=(--num_workers 1)
     if [ ! -e "$FINETUNE" ]; then
-        echo "error: no data and no checkpoint named, and no demo model yet: run 'TASK=$TASK bash bash.sh' first," >&2
-        echo "or name yours: DATA_PATH=… SPM=… FINETUNE=… bash prediction.sh" >&2
+        echo "error: no data and no checkpoint named, and no demo model yet: run 'TASK=$demo bash bash.sh' first," >&2
+        echo "or name yours: DATA_PATH=… FINETUNE=… bash prediction.sh" >&2
         exit 2
     fi
 fi
-MODEL=${MODEL:-beit3_base_patch16_480}
-case $TASK in
-    vqav2) released=${MODEL}_vqa.pth ;;
-    *) released=${MODEL}_$TASK.pth ;;
+FINETUNE=${FINETUNE:-$released}
+case $(basename "$FINETUNE") in
+    beit3_*.pth) SPM=${SPM:-beit3.spm} ;; # a released file holds no tokenizer
 esac
-"${launch[@]}" run_beit3_finetuning.py --model "$MODEL" --input_size "${MODEL##*_}" --task "$TASK" --batch_size 64 \
-    --sentencepiece_model "${SPM:-beit3.spm}" --finetune "${FINETUNE:-$released}" \
-    --data_path "${DATA_PATH:-dataset}" --output_dir "${OUTPUT_DIR:-your_prediction}" --eval --dist_eval \
-    ${extra[@]+"${extra[@]}"} "$@"
+[ -z "${TASK:-}" ] || flags+=(--task "$TASK")
+[ -z "${MODEL:-}" ] || flags+=(--model "$MODEL")
+[ -z "${SPM:-}" ] || flags+=(--sentencepiece_model "$SPM")
+[ -z "${IMAGE_PATH:-}" ] || flags+=(--image_path "$IMAGE_PATH")
+run_handing_on_signals "${launch[@]}" --eval --finetune "$FINETUNE" --data_path "${DATA_PATH:-dataset}" \
+    --output_dir "${OUTPUT_DIR:-your_prediction}" --batch_size 64 ${flags[@]+"${flags[@]}"} "$@"

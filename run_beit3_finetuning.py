@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from beit3.system.errors import InputError
+from beit3.system.terminal import for_terminal, print_anywhere
 from runs.command_line import read_settings
 from runs.settings import Settings
 
@@ -26,11 +27,12 @@ if TYPE_CHECKING:
 
 def main(argv: list[str] | None = None) -> int:
     """Read the command line, then train or predict; the exit status."""
+    print_anywhere()
     try:
         settings = read_settings(argv)
     except InputError as error:  # all processes of a launcher read the same line; one of them tells
         if int(os.environ.get("RANK", "0")) == 0:
-            print(f"error: {error}", file=sys.stderr)
+            print(for_terminal(f"error: {error}"), file=sys.stderr)
         return 2
     # PyTorch is loaded from here on, so that help and mistakes in the flags are told at once.
     from runs import session
@@ -38,8 +40,8 @@ def main(argv: list[str] | None = None) -> int:
     return session.run(settings, predict if settings.run.eval else train)
 
 
-def train(settings: Settings, process: utils.Process, stop: utils.StopSignal) -> None:
-    """Fine-tune, validate after each epoch, keep the best.
+def train(settings: Settings, process: utils.Process, stop: utils.StopSignal) -> int:
+    """Fine-tune, validate after each epoch, keep the best; the exit status.
 
     Raises:
         utils.StopRequested: after a checkpoint was written from which the same command goes on.
@@ -55,6 +57,7 @@ def train(settings: Settings, process: utils.Process, stop: utils.StopSignal) ->
     checkpoint = assembly.read_weights(settings)
     train_set, val_set = task.dataset("train", training=True), task.dataset("val", training=False)
     train_set.skip_bad_images = settings.data.skip_bad_images
+    assembly.check_validation(task, process)
     assembly.check_pictures(settings, process, train_set, val_set)
     sampler = assembly.training_sampler(settings, train_set, process)
     fingerprint = state.make_fingerprint(settings, task, process, train_set, val_set)
@@ -65,6 +68,7 @@ def train(settings: Settings, process: utils.Process, stop: utils.StopSignal) ->
     room = free_memory(process.device)
     model = assembly.build_model(settings, task, checkpoint, process.device)
     num_parameters = model.num_parameters
+    assembly.check_room(settings, process, num_parameters, sampler.steps_per_epoch, resume_from)
     assembly.announce_memory(settings, task, model, process, room)
     model = model.to(process.device)
     del checkpoint  # its memory is not needed any more
@@ -79,7 +83,7 @@ def train(settings: Settings, process: utils.Process, stop: utils.StopSignal) ->
     description = assembly.describe(settings, task, fingerprint["data"])
     tokenizer = task.tokenizer.content if settings.task.uses_text else None
     keeper = state.Keeper(keeping, process, backend, task, description, tokenizer, ema, resume_from)
-    position, epoch_state = keeper.start(settings.run.start_epoch)
+    position, epoch_state = keeper.start(settings.run.start_epoch, settings.optimizer.epochs)
     steps = sampler.steps_per_epoch
 
     def after_step(epoch: int, epoch_state: EpochState) -> None:
@@ -116,6 +120,7 @@ def train(settings: Settings, process: utils.Process, stop: utils.StopSignal) ->
         keeper.save(position, epoch_state)
         raise
     keeper.finish(position)
+    return 0
 
 
 def one_epoch(
@@ -138,19 +143,24 @@ def one_epoch(
         keeper.save(position, EpochState())
 
 
-def predict(settings: Settings, process: utils.Process, stop: utils.StopSignal) -> None:
+def predict(settings: Settings, process: utils.Process, stop: utils.StopSignal) -> int:
     """Answer a split with a checkpoint; write the submission, and the scores where the right answers are known.
 
+    Returns:
+        The exit status: 1 where what was computed is written but not as it should be, which is told.
+
     Raises:
+        InputError: before the first batch, for whatever can be known by then.
         utils.StopRequested: nothing was written.
     """
     from engine_for_finetuning import evaluate
     from runs import assembly, log
 
-    split = settings.data.split
+    split, folder = settings.data.split, Path(settings.run.output_dir)
     task = assembly.build_task(settings)
     checkpoint = assembly.read_weights(settings)
     dataset = task.dataset(split, training=False)
+    assembly.check_prediction(task, dataset, split, folder, process)
     assembly.check_pictures(settings, process, dataset)
     model = assembly.build_model(settings, task, checkpoint, process.device).to(process.device)
     columns = evaluate(
@@ -163,10 +173,15 @@ def predict(settings: Settings, process: utils.Process, stop: utils.StopSignal) 
         check_stop=stop.check,
     )
     if columns is None:  # not the first process
-        return
-    if len(columns["row"]) != len(dataset):
-        raise RuntimeError(f"{len(columns['row'])} predictions for {len(dataset)} examples")
-    log.write_results(Path(settings.run.output_dir), task, columns, dataset, split)
+        return 0
+    answered = len(columns["row"])
+    problems = [] if answered == len(dataset) else [f"{answered} predictions for {len(dataset)} examples"]
+    rows = assembly.problems_of_rows(task, dataset, split)
+    well = log.write_results(folder, task, columns, dataset, split, problems or rows)
+    remark = task.remark(split)
+    if remark is not None:
+        log.logger.warning("%s", remark)
+    return 0 if well else 1
 
 
 if __name__ == "__main__":

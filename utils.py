@@ -1,4 +1,4 @@
-"""Processes and logging. Imports nothing of ours.
+"""Processes, signals and logging.
 
 One process is a world of size 1 by the same code: `barrier`, `gather` and `broadcast` then do nothing.
 """
@@ -21,6 +21,8 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+
+from beit3.system.terminal import for_terminal
 
 T = TypeVar("T")
 
@@ -199,9 +201,11 @@ class StopRequested(Exception):
 
 
 class StopSignal:
-    """Turns SIGTERM and Ctrl-C into a stop at a moment that all processes agree on.
+    """Turns SIGTERM, Ctrl-C and SIGHUP (a closed terminal) into a stop at a moment that all processes agree on.
 
-    A second signal, later than the echo that launchers send of the first, ends the process at once.
+    A second signal, later than the echo that launchers send of the first, ends the process at once. A launcher that is
+    gone (kill -9, or out of memory) counts as SIGTERM: nobody would end its processes, and the same command, started
+    again, would meet them.
     """
 
     ECHO_SECONDS = 3.0
@@ -209,7 +213,10 @@ class StopSignal:
     def __init__(self, timeout_seconds: float = 1800) -> None:
         self._received = 0
         self._first_time = 0.0
-        self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
+        # One that is ignored stays so: nohup asks for that.
+        numbers = [n for n in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
+        self._before = {number: signal.signal(number, self._handle) for number in numbers}
+        self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         # The flags meet on the CPU and one call late, so that asking never waits for a GPU.
         self._group: Any = None
         if world_size() > 1:
@@ -221,17 +228,27 @@ class StopSignal:
             raise SystemExit(128 + number)
         if not self._received:
             self._received, self._first_time = number, time.monotonic()
-            if not dist.is_initialized() or dist.get_rank() == 0:
-                # Not through logging: the signal may have come while it was writing.
-                name = signal.Signals(number).name
-                os.write(2, f"\n{name}: finishing this step, then stopping; a second one stops at once\n".encode())
+            name = signal.Signals(number).name
+            self._say(f"{name}: finishing this step, then stopping; a second one stops at once")
+
+    def _say(self, text: str) -> None:
+        """Not through logging: a signal may have come while it was writing. The terminal may be gone."""
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            with contextlib.suppress(OSError):
+                os.write(2, f"\n{text}\n".encode())
+
+    def _look_for_launcher(self) -> None:
+        if self._launcher is not None and not self._received and os.getppid() != self._launcher:
+            self._received, self._first_time = signal.SIGTERM, time.monotonic()
+            self._say(f"the launcher, process {self._launcher}, is gone: finishing this step, then stopping")
 
     def check(self) -> None:
         """Collective, once per step.
 
         Raises:
-            StopRequested: on all processes at the same call, when one has received a signal.
+            StopRequested: on all processes at the same call, when one has received a signal or lost its launcher.
         """
+        self._look_for_launcher()
         signum = self._received if self._group is None else self._agreed()
         if signum:
             raise StopRequested(signum)
@@ -278,7 +295,7 @@ class _TerminalFriendlyHandler(logging.StreamHandler):
         from tqdm import tqdm
 
         try:
-            tqdm.write(self.format(record), file=sys.stderr)
+            tqdm.write(for_terminal(self.format(record)), file=sys.stderr)
         except (OSError, ValueError):
             self.handleError(record)
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import utils
+from beit3.data.tokenizer import Tokenizer
 from benchmarks.first_step import DONE
 from benchmarks.models import FULL_LENGTH, make_pair
 from benchmarks.peers import pillow_evaluation
@@ -21,7 +22,8 @@ from benchmarks.questions import TOKENIZER, indexed_tree
 from benchmarks.table import Line, Row, Settings, interleave, rates, seconds
 from datasets import EvaluationSampler, VQAv2Dataset, build_loader
 from engine_for_finetuning import evaluate
-from tasks import TaskSettings
+from tasks.settings import DataSettings
+from tasks.vqav2.settings import VQAv2Settings
 from tasks.vqav2.task import VQAv2
 from tests import reference
 
@@ -32,15 +34,19 @@ EVALUATION_PIXELS = 224
 def first_step_row(scale: float, pixels: int, settings: Settings) -> list[Line]:
     """Imports, index, a look at every picture, a fresh base model, one step: what a user waits for."""
     tree = indexed_tree(settings.folder, scale)
-    command = [
-        *(sys.executable, "-m", "benchmarks.first_step", "--task", "vqav2", "--data_path", str(tree)),
-        *("--sentencepiece_model", str(tree / TOKENIZER), "--model", f"beit3_base_patch16_{pixels}"),
-        *("--input_size", str(pixels), "--batch_size", "1", "--num_workers", "1"),
-    ]
+    command = [sys.executable, "-m", "benchmarks.first_step", *first_step_flags(tree, pixels)]
     times = [seconds(partial(run_to_first_step, command)) for _ in range(settings.repeats)]
     questions = len(open_dataset(tree, "train", pixels))
     what = f"command to first step, VQAv2, base, {pixels} px, batch 1, {questions} training questions"
     return [Line(what, "s", times)]
+
+
+def first_step_flags(tree: Path, pixels: int) -> list[str]:
+    return [
+        *("--task", "vqav2", "--data_path", str(tree), "--sentencepiece_model", str(tree / TOKENIZER)),
+        *("--model", f"beit3_base_patch16_{pixels}", "--input_size", str(pixels)),
+        *("--batch_size", "1", "--num_workers", "1"),
+    ]
 
 
 def run_to_first_step(command: list[str]) -> None:
@@ -50,20 +56,8 @@ def run_to_first_step(command: list[str]) -> None:
 
 
 def open_task(tree: Path, pixels: int) -> VQAv2:
-    return VQAv2(
-        TaskSettings(
-            data_path=tree,
-            sentencepiece_model=tree / TOKENIZER,
-            image_size=pixels,
-            vocab_size=64010,
-            num_max_bpe_tokens=FULL_LENGTH["vqav2"],
-            split="val",
-            randaug=False,
-            train_interpolation="bicubic",
-            crop_scale=(0.5, 1.0),
-            seed=0,
-        )
-    )
+    data = DataSettings(tree, input_size=pixels, num_max_bpe_tokens=FULL_LENGTH["vqav2"])
+    return VQAv2(VQAv2Settings(), data, Tokenizer(tree / TOKENIZER))
 
 
 def open_dataset(tree: Path, split: str, pixels: int) -> VQAv2Dataset:
@@ -91,8 +85,9 @@ def evaluation_row(scale: float, batch: int, settings: Settings) -> list[Line]:
 
 def our_answers(task: VQAv2, dataset: VQAv2Dataset, model: nn.Module, batch: int, device: torch.device) -> list[str]:
     loader = build_loader(dataset, EvaluationSampler(len(dataset), batch, 0, 1), num_workers=0, pin_memory=False)
-    records = evaluate(task, model, loader, utils.Process(0, 1, 0, device), autocast=nullcontext)
-    return [record["answer"] for record in records]
+    columns = evaluate(task, model, loader, utils.Process(0, 1, 0, device), autocast=nullcontext)
+    assert columns is not None  # the only process is the first one
+    return [entry["answer"] for entry in task.submission(columns, dataset, "val")]
 
 
 @torch.no_grad()
@@ -102,9 +97,7 @@ def peer_answers(task: VQAv2, dataset: VQAv2Dataset, model: nn.Module, batch: in
     for start in range(0, len(dataset), batch):
         rows = range(start, min(start + batch, len(dataset)))
         paths = [str(dataset.table["image_path"][row]) for row in rows]
-        image = torch.stack(
-            [pillow_evaluation(str(task.settings.data_path / path), EVALUATION_PIXELS) for path in paths]
-        )
+        image = torch.stack([pillow_evaluation(str(task.data.data_path / path), EVALUATION_PIXELS) for path in paths])
         text, padding = filled_up([dataset.token_ids(row) for row in rows], FULL_LENGTH["vqav2"])
         logits = model(image.to(device), text.to(device), padding.to(device))
         answers += [task.answers[label] for label in logits[:, : len(task.answers)].argmax(dim=1).tolist()]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -25,6 +26,7 @@ from beit3.training.backends import DTYPES, Backend, BackendSettings, PlainBacke
 from beit3.training.memory_estimate import GIGABYTE, training_demand
 from modeling_finetune import BEiT3Model
 from optim_factory import cosine_schedule, create_optimizer, parameter_groups
+from runs import output_folder
 from runs.command_line import other_tokenizer
 from runs.settings import Settings
 from tasks.base import Task, make_task
@@ -58,7 +60,7 @@ def build_model(settings: Settings, task: Task, checkpoint: Checkpoint | None, d
     """The model on the CPU, with the checkpoint's weights in it if there is one; its layers compiled if asked for."""
     model_settings, head_rows = settings.model, None
     if checkpoint is not None and settings.task.uses_text:
-        problems = other_tokenizer(checkpoint.path, checkpoint.description, task.tokenizer)
+        problems = other_tokenizer(checkpoint.path, checkpoint.description, task.tokenizer, held=False)
         if problems:
             raise InputError(problems)
     if checkpoint is not None and not settings.run.eval:
@@ -85,15 +87,16 @@ def build_model(settings: Settings, task: Task, checkpoint: Checkpoint | None, d
 
 def describe(settings: Settings, task: Task, data: dict[str, Any]) -> dict[str, Any]:
     """What a checkpoint says of itself, so that prediction needs no flag and no other file. data: digests."""
-    tokenizer = {"tokenizer_sha256": task.tokenizer.sha256} if settings.task.uses_text else {}
+    text: dict[str, Any] = {}
+    if settings.task.uses_text:
+        text = {"num_max_bpe_tokens": settings.data.num_max_bpe_tokens, "tokenizer_sha256": task.tokenizer.sha256}
     return {
         "format": FORMAT,
         "model": settings.model_name,
         "task": settings.task.trains_as,
         "image_size": settings.data.input_size,
         "vocab_size": settings.model.vocab_size,
-        "num_max_bpe_tokens": settings.data.num_max_bpe_tokens,
-        **tokenizer,
+        **text,
         **task.describe(),
         "flags": settings.flags(),
         "data": data,
@@ -128,6 +131,57 @@ def evaluation_loader(settings: Settings, dataset: ImageTextDataset, process: ut
     return make_loader(settings, dataset, sampler, process)
 
 
+def problems_of_rows(task: Task, dataset: ImageTextDataset, split: str) -> list[str]:
+    """`Task.check_rows`, with official files that cannot be read among the problems."""
+    try:
+        return task.check_rows(dataset, split)
+    except InputError as error:
+        return error.problems
+    except OSError as error:
+        return [f"{error.filename}: cannot be read ({error.strerror})"]
+
+
+def check_prediction(task: Task, dataset: ImageTextDataset, split: str, folder: Path, process: utils.Process) -> None:
+    """Whatever could spoil a prediction's end and can be known at its beginning, by the first process for all.
+
+    Raises:
+        InputError: on every process, before hours were spent.
+    """
+    problems: list[str] = []
+    if process.is_main:
+        problems = task.check_references(split, final=True) or problems_of_rows(task, dataset, split)
+        problems += output_folder.check_room_for_predictions(folder, len(dataset))
+        remark = task.remark(split)
+        if remark is not None:
+            logger.warning("%s", remark)
+    problems = utils.broadcast(problems)
+    if problems:
+        raise InputError(problems)
+
+
+def check_validation(task: Task, process: utils.Process) -> None:
+    """That what validation is scored against can be read, before an epoch is trained for it.
+
+    Raises:
+        InputError: on every process.
+    """
+    problems = utils.broadcast(task.check_references("val", final=False) if process.is_main else [])
+    if problems:
+        raise InputError(problems)
+
+
+def check_room(
+    settings: Settings, process: utils.Process, num_parameters: int, steps_per_epoch: int, resume_from: Path | None
+) -> None:
+    """That checkpoints fit on the disk, see `runs.output_folder.check_room`. Raises InputError on every process."""
+    problems: list[str] = []
+    if process.is_main:
+        problems = output_folder.check_room(settings, num_parameters, steps_per_epoch, resume_from)
+    problems = utils.broadcast(problems)
+    if problems:
+        raise InputError(problems)
+
+
 def check_pictures(settings: Settings, process: utils.Process, *datasets: ImageTextDataset) -> None:
     """A quick look at every picture before anything long starts, by the first process for all.
 
@@ -141,7 +195,8 @@ def check_pictures(settings: Settings, process: utils.Process, *datasets: ImageT
         problems = screen_images(paths, settings.data.image_path or settings.data.data_path)
     problems = utils.broadcast(problems)
     if problems:
-        raise InputError(problems)
+        hint = "mend or remove them" + ("" if settings.run.eval else "; --skip_bad_images trains without them")
+        raise InputError([*problems, hint])
 
 
 def backend_settings(settings: Settings, process: utils.Process) -> BackendSettings:
@@ -197,7 +252,12 @@ def announce_memory(settings: Settings, task: Task, model: BEiT3Model, process: 
         average=settings.model.model_ema and not settings.model.model_ema_force_cpu,
     )
     logger.info("memory per process on %s, about %s; %.1f GB are free", process.device.type, demand, room / GIGABYTE)
-    advice = demand.advice(room, deepspeed.zero_stage if deepspeed.enable_deepspeed else 0)
+    advice = demand.advice(
+        room,
+        update_freq=settings.optimizer.update_freq,
+        zero_stage=deepspeed.zero_stage if deepspeed.enable_deepspeed else 0,
+        recomputes=settings.model.checkpoint_activations,
+    )
     if advice is not None:
         logger.warning("%s", advice)
 

@@ -15,12 +15,12 @@ from typing import Any
 
 from beit3.data.tokenizer import Tokenizer
 from beit3.model.description import About, about, answers_at_once
-from beit3.model.names import REGISTERED, name_by_shapes, names_with, pixels_of
+from beit3.model.names import REGISTERED, name_by_shapes, names_with, pixels_of, suffix_by_shapes
 from beit3.system.errors import InputError, printable
-from beit3.system.flags import Flag, Parser, flags_of, unknown_flags, values
-from runs.settings import CONCERNS, TITLES, Settings
+from beit3.system.flags import Flag, Parser, flags_of, unknown_flags, values, without_values
+from runs.settings import CONCERNS, TITLES, ModelSettings, Settings
 from tasks import PLANNED, TASKS, settings_of
-from tasks.settings import TaskSettings
+from tasks.settings import DataSettings, TaskSettings
 
 # Flags of the released command line that do nothing here: values they take, and why.
 WITHOUT_EFFECT = {
@@ -57,14 +57,20 @@ def read_settings(argv: Sequence[str] | None = None) -> Settings:
     if {"--help", "-h", "--help_all"} & set(argv):
         print(help_text(whole="--help_all" in argv))
         raise SystemExit(0)
-    return _Reader(argv).settings()
+    try:
+        return _Reader(argv).settings()
+    except InputError as error:
+        raise InputError([printable(problem) for problem in error.problems]) from error
+    except OSError as error:  # a path that may not be looked at, or is longer than paths can be
+        raise InputError(f"{printable(str(error.filename))}: {error.strerror}") from error
 
 
 def help_text(whole: bool) -> str:
     """What `--help` (what one needs to start) and `--help_all` (every flag) print."""
     parser = Parser(
         usage="run_beit3_finetuning.py --task TASK --model NAME [flags], torchrun in front for several processes",
-        description="Fine-tune BEiT-3 for a task, or predict with what was learned.",
+        description="Fine-tune BEiT-3 for a task, or predict with what was learned. Of a flag given twice the last "
+        "one counts.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -105,22 +111,22 @@ class _Reader:
         self.problems: list[str] = []
         self.tokenizer: tuple[str, str] | None = None  # its name for people and its SHA-256
         parser = Parser()
-        parser.add_argument("--task", dest="task")
-        for settings in CONCERNS.values():
-            for each in flags_of(settings):
-                each.add_to(parser)
-        for flags in _own_flags().values():
+        parser.add_argument("--task", dest="task", nargs="*")
+        for flags in [*map(flags_of, CONCERNS.values()), *_own_flags().values()]:
             for each in flags:
-                each.add_to(parser)
+                each.add_to(parser, any_count=True)
         for name, (count, _) in WITHOUT_EFFECT.items():
-            parser.add_argument(name, dest=name, action="store" if count else "store_true", default=None)
+            how: dict[str, Any] = {"nargs": "*"} if count else {"action": "store_true"}
+            parser.add_argument(name, dest=name, default=None, **how)
         for planned in PLANNED.values():
             for name in planned:
                 parser.add_argument(f"--{name}", dest=f"planned {name}", nargs="*", default=None)
-        parsed, left_over = parser.parse_known_args(list(argv))
-        known = [option for action in parser._actions for option in action.option_strings]
-        self.problems += unknown_flags(left_over, known)
+        known = {option: action.nargs for action in parser._actions for option in action.option_strings}
+        switches = {option for option, nargs in known.items() if nargs == 0}
+        parsed, left_over = parser.parse_known_args(without_values(argv, switches, self.problems))
+        self.problems += unknown_flags(left_over, [*known, "--help", "--help_all"])
         self.given = {name: value for name, value in vars(parsed).items() if value is not None}
+        self.assumed: tuple[str, ...] = ()
         self.ignored = tuple(f"{name}: {why}" for name, (_, why) in WITHOUT_EFFECT.items() if name in self.given)
 
     def settings(self) -> Settings:
@@ -140,22 +146,30 @@ class _Reader:
             **{concern: CONCERNS[concern](**read[concern]) for concern in CONCERNS},
             checkpoint=checkpoint,
             ignored=self.ignored,
+            assumed=self.assumed,
         )
+        readable = own.keys() | {name for concern in read.values() for name in concern}
         settings = replace(settings, tokenizer=self._tokenizer(settings))
         settings = self._look_at_index(settings)
-        self.problems += _problems(settings)
+        self.problems += self._model_problems(settings) + _problems(settings)
+        self.problems = _without_followers(self.problems, {f"--{name}" for name in self.given.keys() - readable})
         if self.problems:
             raise InputError(self.problems)
         return settings
 
     def _checkpoint(self, read: Mapping[str, Mapping[str, Any]]) -> About | None:
         """What the checkpoint to predict with says of itself."""
-        named = read["model"].get("finetune") or read["run"].get("resume")
+        finetune, resume = read["model"].get("finetune"), read["run"].get("resume")
+        named = finetune or resume
+        if finetune and resume:
+            self.problems.append(f"--eval takes one checkpoint: --finetune {finetune} or --resume {resume}, not both")
+            return None
         if not named:
             self.problems.append("--eval needs a checkpoint: --finetune FILE")
             return None
         if not Path(named).exists():
-            return None  # told with the other files that are missing
+            self.problems.append(f"--{'finetune' if finetune else 'resume'} {named}: no such file or folder")
+            return None
         if self.problems and answers_at_once(Path(named)) is None:
             return None  # what is wrong already need not wait for PyTorch
         try:
@@ -170,18 +184,31 @@ class _Reader:
 
     def _task(self, checkpoint: About | None) -> type[TaskSettings] | None:
         """The settings class of the task; None where there is no telling which."""
-        said = None if checkpoint is None else checkpoint.description.get("task")
-        name = self.given.get("task", said)
+        name = self.given.get("task")
+        by = "--task"
+        if name is not None:
+            name = " ".join(name)
+        elif checkpoint is not None:
+            name = checkpoint.description.get("task") or self._task_by_head(checkpoint)
+            by = f"{checkpoint.path}: made for the task"
         if name in TASKS:
             return settings_of(name)
         if name in PLANNED:
-            self.problems.append(f"--task {name} is not there yet; there is {', '.join(TASKS)}")
-        elif name is None:
+            self.problems.append(f"{by} {name} is not there yet; there is {', '.join(TASKS)}")
+        elif name is None and not (self.problems and checkpoint is None):
             silent = "" if checkpoint is None else f", because {checkpoint.path} does not say what it is for"
-            self.problems.append(f"--task is needed{silent}: one of {', '.join(TASKS)}")
-        else:
-            self.problems.append(f"--task {name}: one of {', '.join(TASKS)} is wanted")
+            self.problems.append(f"--task is needed{silent}: one of {', '.join(TASKS)}; see --help")
+        elif name is not None:
+            self.problems.append(f"{by} {name or repr(name)}: one of {', '.join(TASKS)} is wanted")
         return None
+
+    def _task_by_head(self, checkpoint: About) -> str | None:
+        """For a checkpoint that does not say its task: the first task whose models have this head."""
+        suffix = suffix_by_shapes(checkpoint.shapes)
+        name = next((name for name in TASKS if settings_of(name).model_suffix == suffix), None)
+        if name is not None:
+            self.assumed += (f"{checkpoint.path} does not say its task; by its head it is --task {name}",)
+        return name
 
     def _refuse_flags_of_other_tasks(self, task: type[TaskSettings]) -> None:
         own = {each.name for each in flags_of(task)}
@@ -204,6 +231,7 @@ class _Reader:
         said, suffix = checkpoint.description, f"_{task.model_suffix}"
         if said.get("task", task.trains_as) != task.trains_as:
             self._differs(checkpoint, "task", said["task"], f"--task {task.name}")
+            raise InputError(self.problems)  # what else differs follows from it
         for values_read, flags in [(read[name], flags_of(CONCERNS[name])) for name in CONCERNS] + [
             (own, flags_of(task))
         ]:
@@ -219,8 +247,8 @@ class _Reader:
                     continue
                 given = values_read.setdefault(each.name, value)
                 if given != value and str(given).removesuffix(suffix) != value:
-                    self._differs(checkpoint, what, value, f"--{each.name} {given}")
-        if not said:
+                    self._differs(checkpoint, what, value, f"--{each.name} {given or repr(given)}")
+        if "model" not in said:
             _guess(checkpoint, task, read)
 
     def _differs(self, checkpoint: About, what: str, stated: Any, given: str) -> None:
@@ -236,6 +264,8 @@ class _Reader:
         file = settings.data.sentencepiece_model
         checkpoint = self._to_start_from(settings) if settings.checkpoint is None else settings.checkpoint
         source = file if file is not None or checkpoint is None else checkpoint.tokenizer
+        if source is None and settings.run.eval and checkpoint is None:
+            return None  # the checkpoint is wrong, which is told; it may hold a tokenizer
         if source is None:
             held = "" if checkpoint is None else f"; {checkpoint.path} holds none"
             self.problems.append(f"--sentencepiece_model is needed: the tokenizer, beit3.spm{held}")
@@ -255,7 +285,7 @@ class _Reader:
                 f"--vocab_size {settings.model.vocab_size}: is it the tokenizer of these weights?"
             )
         if checkpoint is not None:
-            self.problems += other_tokenizer(checkpoint.path, checkpoint.description, tokenizer)
+            self.problems += other_tokenizer(checkpoint.path, checkpoint.description, tokenizer, held=file is None)
         return source
 
     def _look_at_index(self, settings: Settings) -> Settings:
@@ -274,6 +304,27 @@ class _Reader:
                 )
         return replace(settings, remarks=tuple(remarks))
 
+    def _named(self, settings: Settings, name: str) -> str:
+        """The flag, or the checkpoint where it was the one that said the value."""
+        said = settings.checkpoint is not None and name not in self.given
+        return f"{settings.checkpoint.path}: its {name}" if said and settings.checkpoint else f"--{name}"
+
+    def _model_problems(self, settings: Settings) -> list[str]:
+        """An unknown model, and pictures of another size than its own."""
+        task, name, size = settings.task, settings.model.model, settings.data.input_size
+        if settings.run.eval and settings.checkpoint is None:
+            return []  # the checkpoint is wrong, which is told; it may say the model
+        known = names_with(task.model_suffix) if task.model_suffix in REGISTERED else []
+        short = settings.model_name.removesuffix(f"_{task.model_suffix}")
+        if short not in known:
+            wanted = f"for --task {task.name}; one of {', '.join(sorted(known))}"
+            if name == ModelSettings.model:
+                return [f"--model is needed {wanted}"]
+            return [f"{self._named(settings, 'model')} {name or repr(name)}: unknown {wanted}"]
+        if size != pixels_of(short):
+            return [f"{self._named(settings, 'input_size')} {size}: {name} takes pictures of {pixels_of(short)} pixels"]
+        return []
+
     def _to_start_from(self, settings: Settings) -> About | None:
         """What the weights to start from say of themselves, where that can be read at once, or is needed.
 
@@ -291,16 +342,32 @@ class _Reader:
             return None
 
 
-def other_tokenizer(path: Path, description: Mapping[str, Any], tokenizer: Tokenizer) -> list[str]:
-    """The problem that a checkpoint was made with another tokenizer; none where it was not, or does not say."""
+def other_tokenizer(path: Path, description: Mapping[str, Any], tokenizer: Tokenizer, held: bool) -> list[str]:
+    """The problem that a checkpoint was made with another tokenizer; none where it was not, or does not say.
+
+    held: whether the tokenizer is the checkpoint's own.
+    """
     stated = description.get("tokenizer_sha256")
     if stated in (None, tokenizer.sha256):
         return []
+    made = f"{path}: made with the tokenizer of SHA-256 {printable(str(stated))[:12]}…"
+    here = f"{tokenizer.sha256[:12]}…"
+    if held:
+        return [f"{made}, the one it holds is {here}; give the right one as --sentencepiece_model"]
     return [
-        f"{path}: made with another tokenizer, of SHA-256 {printable(str(stated))[:12]}; --sentencepiece_model "
-        f"{tokenizer.path} has {tokenizer.sha256[:12]}, so the same number would mean another word. Leave "
-        "--sentencepiece_model out where the checkpoint holds its tokenizer, or name that file"
+        f"{made}, the command line says --sentencepiece_model {tokenizer.path}, which is {here}: the same number would "
+        "mean another word. Leave it out where the checkpoint holds its tokenizer, or name that file"
     ]
+
+
+def _without_followers(problems: list[str], unread: set[str]) -> list[str]:
+    """Of each flag whose value could not be read only the first problem: the next is one of its default."""
+    kept: list[str] = []
+    for problem in problems:
+        about_flag = problem.split()[0].rstrip(":")
+        if about_flag not in unread or not any(each.split()[0].rstrip(":") == about_flag for each in kept):
+            kept.append(problem)
+    return kept
 
 
 def _size_by_name(name: str, task: type[TaskSettings]) -> dict[str, int]:
@@ -324,22 +391,26 @@ def _problems(settings: Settings) -> list[str]:
     """What is wrong among several flags, and files that are not there."""
     model, run, deepspeed, task = settings.model, settings.run, settings.deepspeed, settings.task
     problems = []
-    known = names_with(task.model_suffix) if task.model_suffix in REGISTERED else []
-    short = settings.model_name.removesuffix(f"_{task.model_suffix}")
-    if short not in known:
-        problems.append(f"--model {model.model}: unknown for --task {task.name}; one of {', '.join(sorted(known))}")
-    elif settings.data.input_size != pixels_of(short):
-        size = settings.data.input_size
-        problems.append(f"--input_size {size}: {model.model} takes pictures of {pixels_of(short)} pixels")
-    for name, value in (("finetune", model.finetune), ("resume", run.resume)):
-        if value and not Path(value).exists():
-            problems.append(f"--{name} {value}: no such file or folder")
-    if run.eval and not run.output_dir:
+    if not run.eval:  # the checkpoint to predict with has been looked at
+        for name, value in (("finetune", model.finetune), ("resume", run.resume)):
+            if value and not Path(value).exists():
+                problems.append(f"--{name} {value}: no such file or folder")
+    elif not run.output_dir:
         problems.append("--eval needs --output_dir, where the submission is written")
-    if run.eval and settings.data.split not in task.splits:
-        problems.append(f"--split {settings.data.split}: {task.name} has {', '.join(task.splits)}")
+    wrong_split = run.eval and settings.data.split not in task.splits
+    if wrong_split:
+        split = settings.data.split
+        problems.append(f"--split {split or repr(split)}: {task.name} has {', '.join(task.splits)}")
     if not re.fullmatch(r"auto|cpu|(cuda|mps|xpu)(:\d+)?", run.device):
         problems.append(f"--device {run.device}: auto, cpu, cuda or cuda:N is wanted")
     if model.compile and deepspeed.enable_deepspeed and deepspeed.zero_stage == 3:
         problems.append("--compile: not with --zero_stage 3, which takes the layers' weights apart; use 0, 1 or 2")
-    return problems + settings.data.problems() + task.problems(settings.data, training=not run.eval)
+    problems += settings.data.problems()
+    return problems if wrong_split else problems + task.problems(_with_tokenizer(settings), training=not run.eval)
+
+
+def _with_tokenizer(settings: Settings) -> DataSettings:
+    """The data's settings, with the name of a tokenizer's file for advice that has one in it."""
+    data, held = settings.data, settings.tokenizer
+    file = data.sentencepiece_model or (held if isinstance(held, Path) else Path("beit3.spm"))
+    return replace(data, sentencepiece_model=file)

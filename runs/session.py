@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import logging
 import os
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 
 import utils
 from beit3.system.errors import BadImageError, CheckpointError, InputError
+from runs.output_folder import Lock, why_not_writable
 from runs.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-Body = Callable[[Settings, utils.Process, utils.StopSignal], None]
+# Most mistakes are found by all processes alike. Where the first has found it too, the launcher ends the others within
+# this time, so it is told once; where only another one has (it has no GPU, say), that one tells.
+SECONDS_FOR_THE_FIRST = 3.0
+
+Body = Callable[[Settings, utils.Process, utils.StopSignal], int]
 
 
 def run(settings: Settings, body: Body) -> int:
@@ -27,23 +35,34 @@ def run(settings: Settings, body: Body) -> int:
     status = 1
     try:
         status = _run(settings, body)
-    except (InputError, ValueError) as error:  # the same on all processes, told once
-        if int(os.environ.get("RANK", "0")) == 0:
-            logger.error("%s", error)
+    except (InputError, ValueError) as error:
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(SECONDS_FOR_THE_FIRST)
+        tell(str(error))
         status = 2
     except (BadImageError, FloatingPointError, CheckpointError) as error:
         # From a loader's process it comes with that process's traceback; the last line is the message.
-        logger.error("%s", str(error).strip().splitlines()[-1])
+        tell(str(error).strip().splitlines()[-1])
     except RuntimeError as error:
         told = explain(error)
         if told is None:
             raise
-        logger.error("%s", told)
+        tell(told)
     finally:
         # After an error other processes may wait in a collective call; only leaving frees them.
         if status in (0, 2) or utils.world_size() == 1:
             utils.stop_processes()
     return status
+
+
+def tell(message: str) -> None:
+    """Say why the run ends, and leave it to torchrun, which repeats it below the traceback of its own."""
+    logger.error("%s", message)
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file:
+        with contextlib.suppress(OSError):
+            content = {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}
+            Path(file).write_text(json.dumps({"message": content}), encoding="utf-8")
 
 
 def _run(settings: Settings, body: Body) -> int:
@@ -54,20 +73,62 @@ def _run(settings: Settings, body: Body) -> int:
     utils.set_up_logging(process.is_main)
     if settings.ignored:
         logger.warning("flags without effect: %s", "; ".join(settings.ignored))
+    for sentence in settings.assumed:
+        logger.info("%s", sentence)
     if flags.deterministic:
         utils.make_deterministic()
-    if flags.output_dir:
-        Path(flags.output_dir).mkdir(parents=True, exist_ok=True)
-    stop = utils.StopSignal(flags.timeout)
+    check_output(flags.output_dir)
+    kept_in = Path(flags.output_dir) if flags.output_dir and not flags.eval else None
+    keeps_nothing = not flags.output_dir and not flags.eval
+    with hold(kept_in, process, flags.timeout / 2):  # the other processes wait too
+        stop = utils.StopSignal(flags.timeout)
+        if keeps_nothing:
+            logger.warning("--output_dir '': no checkpoint and no log of this training will be kept")
+        try:
+            return body(settings, process, stop)
+        except utils.StopRequested as request:
+            goes_on = kept_in is not None and flags.save_ckpt
+            logger.info("%s%s", request, "; the same command goes on from here" if goes_on else "")
+            return 128 + request.signum
+        finally:
+            stop.release()
+            if keeps_nothing:
+                logger.warning("--output_dir '': nothing of this training was kept")
+
+
+def check_output(output_dir: str) -> None:
+    """That every process can write to the folder, which is made where it is not there. Collective.
+
+    Raises:
+        InputError: on all processes, when one cannot.
+    """
+    problem = why_not_writable(Path(output_dir)) if output_dir else None
+    problems = list(dict.fromkeys(each for each in utils.gather(problem) if each is not None))
+    if problems:
+        raise InputError(problems)
+
+
+@contextlib.contextmanager
+def hold(folder: Path | None, process: utils.Process, patience_seconds: float) -> Iterator[None]:
+    """Keep other trainings out of the folder while the block runs; the first process does, for all. Collective.
+
+    Raises:
+        InputError: on all processes, when another training is there.
+    """
+    lock, problems = None, []
+    if folder is not None and process.is_main:
+        try:
+            lock = Lock(folder, patience_seconds)
+        except InputError as error:
+            problems = error.problems
+    problems = utils.broadcast(problems)
+    if problems:
+        raise InputError(problems)
     try:
-        body(settings, process, stop)
-    except utils.StopRequested as request:
-        goes_on = not flags.eval and flags.output_dir and flags.save_ckpt
-        logger.info("%s%s", request, "; the same command goes on from here" if goes_on else "")
-        return 128 + request.signum
+        yield
     finally:
-        stop.release()
-    return 0
+        if lock is not None:
+            lock.release()
 
 
 def explain(error: RuntimeError) -> str | None:

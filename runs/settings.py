@@ -19,7 +19,12 @@ class ModelSettings:
     """Which model, and from which weights."""
 
     model: str = flag(
-        "beit_base_patch16_224", "beit3_base_patch16_480, …", decides_steps=True, said_by="model", essential=True
+        "beit_base_patch16_224",  # of the released command line, where it names no model either
+        "beit3_base_patch16_480, …",
+        decides_steps=True,
+        said_by="model",
+        essential=True,
+        default_shown=False,
     )
     finetune: str = flag(
         "",
@@ -48,26 +53,42 @@ class ModelSettings:
 class OptimizerSettings:
     """Optimizer, schedule, and how many pairs a step takes."""
 
-    batch_size: int = flag(64, "pairs per process and batch", at_least=1, essential=True)
-    update_freq: int = flag(1, "batches per step", at_least=1, essential=True)
-    eval_batch_size: int | None = flag(None, "per process; default 1.5 times --batch_size", at_least=1)
-    epochs: int = flag(20, "passes over the training data", at_least=1, decides_steps=True, essential=True)
-    lr: float = flag(5e-4, "highest learning rate", at_least=0, decides_steps=True, essential=True)
-    min_lr: float = flag(1e-6, "where the cosine ends", at_least=0, decides_steps=True)
-    warmup_epochs: float = flag(5, "in which the learning rate rises from 0", at_least=0, decides_steps=True)
-    warmup_steps: int = flag(-1, "instead of --warmup_epochs when above 0", at_least=-1, decides_steps=True)
-    weight_decay: float = flag(0.05, "of AdamW, not on biases and norms", at_least=0, decides_steps=True)
+    batch_size: int = flag(64, "pairs per process and batch", at_least=1, at_most=1_000_000, essential=True)
+    update_freq: int = flag(1, "batches per step", at_least=1, at_most=1_000_000, essential=True)
+    eval_batch_size: int | None = flag(
+        None, "per process; default 1.5 times --batch_size", at_least=1, at_most=1_000_000
+    )
+    epochs: int = flag(
+        20, "passes over the training data", at_least=1, at_most=100_000, decides_steps=True, essential=True
+    )
+    lr: float = flag(5e-4, "highest learning rate", at_least=0, at_most=1000, decides_steps=True, essential=True)
+    min_lr: float = flag(1e-6, "where the cosine ends", at_least=0, at_most=1000, decides_steps=True)
+    warmup_epochs: float = flag(
+        5, "in which the learning rate rises from 0", at_least=0, at_most=100_000, decides_steps=True
+    )
+    warmup_steps: int = flag(
+        -1, "instead of --warmup_epochs when above 0", at_least=-1, at_most=10**9, decides_steps=True
+    )
+    weight_decay: float = flag(0.05, "of AdamW, not on biases and norms", at_least=0, at_most=1000, decides_steps=True)
     layer_decay: float = flag(
         0.9, "factor of the learning rate per layer from the top; 1 = none", above=0, at_most=1, decides_steps=True
     )
     task_head_lr_weight: float = flag(
-        0, "factor of the head's learning rate; above 1 with --layer_decay 1", at_least=0, decides_steps=True
+        0,
+        "factor of the head's learning rate; above 1 with --layer_decay 1",
+        at_least=0,
+        at_most=1_000_000,
+        decides_steps=True,
     )
     clip_grad: float | None = flag(
-        None, "largest L2 norm of the gradient; without it nothing is clipped", above=0, decides_steps=True
+        None,
+        "largest L2 norm of the gradient; without it nothing is clipped",
+        above=0,
+        at_most=10**9,
+        decides_steps=True,
     )
     opt: str = flag("adamw", "adamw, or a name timm knows", decides_steps=True)
-    opt_eps: float = flag(1e-8, "epsilon of Adam", at_least=0, decides_steps=True)
+    opt_eps: float = flag(1e-8, "epsilon of Adam", at_least=0, at_most=1, decides_steps=True)
     opt_betas: tuple[float, float] = flag((0.9, 0.999), "betas of Adam", at_least=0, below=1, decides_steps=True)
     momentum: float = flag(0.9, "for --opt sgd and its like", at_least=0, below=1, decides_steps=True)
 
@@ -76,7 +97,7 @@ class OptimizerSettings:
 class RunSettings:
     """Where a run computes, what it keeps, what it goes on from."""
 
-    output_dir: str = flag("", "checkpoints, log.txt, submissions; nothing is kept without", essential=True)
+    output_dir: str = flag("output", "checkpoints, log.txt, submissions; '' keeps nothing", essential=True)
     log_dir: str | None = flag(None, "TensorBoard files; default none")
     eval: bool = flag(False, "predict --split with --finetune and write the submission", essential=True)
     device: str = flag("auto", "auto (GPU if there is one), cuda, cpu")
@@ -97,18 +118,24 @@ class RunSettings:
     )
     force_resume: bool = flag(False, "go on although data or recipe changed; otherwise refused")
     save_ckpt: bool = flag(True, "write checkpoints", no="write no checkpoint at all")
-    save_ckpt_freq: int = flag(5, "epochs between checkpoints", at_least=1)
-    save_ckpt_steps: int = flag(0, "steps between checkpoints in an epoch; 0 = none", at_least=0)
+    save_ckpt_freq: int = flag(5, "epochs between checkpoints", at_least=1, at_most=100_000)
+    save_ckpt_steps: int = flag(0, "steps between checkpoints in an epoch; 0 = none", at_least=0, at_most=10**9)
     keep_checkpoints: int = flag(
         3,
         "full checkpoints kept, the newest ones; checkpoint-best and the one resumed from stay too; 0 = all",
         at_least=0,
+        at_most=1_000_000,
     )
     max_skipped_steps: int = flag(
-        25, "so many steps in a row with a loss or gradient that is not finite end the training", at_least=1
+        25,
+        "so many steps in a row with a loss or gradient that is not finite end the training",
+        at_least=1,
+        at_most=10**9,
     )
-    timeout: float = flag(1800, "seconds to wait for another process or a loader's worker", at_least=1)
-    start_epoch: int = flag(0, "first epoch when nothing is resumed", at_least=0)
+    timeout: float = flag(
+        1800, "seconds to wait for another process or a loader's worker", at_least=1, at_most=10_000_000
+    )
+    start_epoch: int = flag(0, "first epoch when nothing is resumed", at_least=0, at_most=100_000)
     dist_on_itp: bool = flag(False, "read ranks from Open MPI's variables")
     dist_url: str = flag("env://", "how processes find each other")
 
@@ -156,6 +183,7 @@ class Settings:
         checkpoint: what the checkpoint to predict with says of itself; None in training.
         ignored: flags that were given and do nothing, each with the reason.
         remarks: what is worth knowing of the data before a run begins.
+        assumed: what nobody said and was concluded, in sentences.
     """
 
     task: TaskSettings
@@ -168,6 +196,7 @@ class Settings:
     checkpoint: About | None = None
     ignored: tuple[str, ...] = ()
     remarks: tuple[str, ...] = ()
+    assumed: tuple[str, ...] = ()
 
     @property
     def model_name(self) -> str:
@@ -193,4 +222,6 @@ class Settings:
             decide |= deciding(concern)
         if not self.deepspeed.enable_deepspeed:
             del decide["zero_stage"]
+        if not self.task.uses_text:
+            del decide["num_max_bpe_tokens"]
         return {f"--{name}": value for name, value in decide.items()}

@@ -217,8 +217,11 @@ class Keeper:
         self.description, self.tokenizer, self.ema, self.resumed_from = description, tokenizer, ema, resumed_from
         self.started = self.saved = (0, 0)  # where this process began, and its newest checkpoint stands
 
-    def start(self, first_epoch: int) -> tuple[RunPosition, EpochState]:
-        """Where the run begins: at its checkpoint, whose state is taken over, or at `first_epoch`. Collective."""
+    def start(self, first_epoch: int, epochs: int) -> tuple[RunPosition, EpochState]:
+        """Where the run of so many epochs begins: at its checkpoint, whose state is taken over, or at `first_epoch`.
+
+        Collective.
+        """
         position, state = RunPosition(first_epoch), EpochState()
         if self.resumed_from is not None:
             extra = self.backend.load(self.resumed_from)
@@ -226,7 +229,10 @@ class Keeper:
             state = EpochState.from_states(extra["states"], self.process.rank, self.process.world_size)
             if self.ema is not None and extra["ema"] is not None:
                 self.ema.load(extra["ema"])
-            logger.info("%s: going on with epoch %d, step %d", self.resumed_from, position.epoch, position.step)
+            if position.epoch >= epochs:
+                logger.info("%s: already finished after epoch %d", self.resumed_from, position.epoch - 1)
+            else:
+                logger.info("%s: going on with epoch %d, step %d", self.resumed_from, position.epoch, position.step)
         self.started = self.saved = position.place
         return position, state
 

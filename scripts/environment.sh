@@ -2,21 +2,25 @@
 #
 #   use_environment REQUIREMENTS MODULE…
 #
-# An active environment that has every MODULE is used as it is. Otherwise .venv is made, with REQUIREMENTS installed;
-# what was installed is remembered by a hash of the requirements, so a second run installs nothing.
+# An active environment that has every MODULE is used as it is. Otherwise .venv is, where scripts/install.py puts what
+# REQUIREMENTS names, in the versions of constraints.txt, or with LATEST=1 in the newest; a second run installs nothing.
 
 use_environment() {
-    local requirements=$1 module missing
+    local requirements=$1 missing
     shift
     local active=${PYTHON:-python3}
     if ! command -v "$active" > /dev/null; then
-        echo "error: $active not found; install Python 3.10 or newer" >&2
+        echo "error: $active not found; install Python 3.10 or newer, or name one: PYTHON=/path/to/python3" >&2
         return 1
     fi
+    # A .venv may be active although its install was cut off: then modules are found of which half is there.
     missing=$("$active" - "$@" << 'PYTHON_END'
-import importlib.util, sys
+import os, sys
 if sys.version_info < (3, 10):
-    sys.exit("error: Python 3.10 or newer is needed, this is " + sys.version.split()[0])
+    sys.exit("error: Python 3.10 or newer is needed, this is " + sys.version.split()[0] + "; name one: PYTHON=/path/to/python3")
+import importlib.util
+if os.path.realpath(sys.prefix) == os.path.realpath(".venv") and os.path.exists(".venv/unfinished"):
+    print("whole .venv")
 print(*(name for name in sys.argv[1:] if importlib.util.find_spec(name) is None))
 PYTHON_END
     ) || return 1
@@ -24,24 +28,7 @@ PYTHON_END
         PYTHON=$(command -v "$active")
         return 0
     fi
-    local wanted stamp=.venv/installed.$(basename "$requirements").sha256
-    wanted=$(cat requirements.txt "$requirements" | sha256sum)
-    if [ "$(cat "$stamp" 2> /dev/null)" != "$wanted" ]; then
-        echo "installing $requirements into .venv (the active Python has no $(echo $missing | cut -d' ' -f1); two minutes, 6 GB of disk) …"
-        if ! "$active" -m venv .venv 2> .venv.log; then
-            cat .venv.log >&2
-            echo "error: $active -m venv failed; on Debian and Ubuntu: apt-get install python3-venv" >&2
-            return 1
-        fi
-        rm -f .venv.log
-        # pip chats a lot; it is heard only when it fails.
-        if ! .venv/bin/python -m pip install -qq --disable-pip-version-check -r "$requirements" > .venv/install.log 2>&1; then
-            cat .venv/install.log >&2
-            echo "error: installing $requirements failed; the lines above say why. Run the same command again to retry" >&2
-            return 1
-        fi
-        echo "$wanted" > "$stamp"
-    fi
+    "$active" scripts/install.py "$requirements" || return
     PYTHON=$PWD/.venv/bin/python
 }
 
@@ -53,24 +40,73 @@ RUNTIME_MODULES="torch torchvision timm deepspeed transformers sentencepiece pyc
 # How long torchrun lets a training write its checkpoint after a signal; of itself it waits 30 seconds, then kills.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}
 
-# Leaves in $TASK the task, in $GPUS the number of processes and in the array launch the start of a torchrun command.
-choose_task_and_launcher() {
-    TASK=${TASK:-vqav2}
-    case $TASK in
-        vqav2 | coco_captioning | nocaps) ;;
-        *)
-            echo "error: TASK=$TASK is not there yet; there are vqav2, coco_captioning, nocaps" >&2
-            return 2
-            ;;
-    esac
+# The folder of the project, and what stands before a name in it: nothing where the caller is there. Other paths are the
+# caller's, who may be elsewhere.
+project=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+root=$project/
+[ "$PWD" != "$project" ] || root=
+
+# Runs a function of this file in the folder of the project.
+in_project() {
+    local caller=$PWD
+    cd "$project"
+    "$@"
+    cd "$caller"
+}
+
+# python -m MODULE …, of the project.
+run_module() {
+    PYTHONPATH=$project${PYTHONPATH:+:$PYTHONPATH} "$PYTHON" -m "$@"
+}
+
+# Leaves in $GPUS the number of processes on this machine and in the array launch the start of the command: the program
+# alone for one process, torchrun in front for several.
+choose_launcher() {
     GPUS=${GPUS:-$("$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))')}
-    launch=("$PYTHON" -m torch.distributed.run --nproc_per_node "$GPUS")
-    if [ "${NNODES:-1}" = 1 ]; then
-        launch+=(--standalone)
-    else
-        launch+=(--nnodes "$NNODES" --node_rank "${NODE_RANK:?set NODE_RANK, 0 on the first machine}"
+    launch=("$PYTHON")
+    if [ "${NNODES:-1}" != 1 ]; then
+        launch+=(-m torch.distributed.run --nproc_per_node "$GPUS" --nnodes "$NNODES"
+            --node_rank "${NODE_RANK:?set NODE_RANK, 0 on the first machine}"
             --master_addr "${MASTER_ADDR:?set MASTER_ADDR, the first machine}" --master_port "${MASTER_PORT:-29500}")
+    elif [ "$GPUS" != 1 ]; then
+        launch+=(-m torch.distributed.run --nproc_per_node "$GPUS" --standalone)
     fi
+    launch+=("${root}run_beit3_finetuning.py")
+}
+
+# The tasks that have a published recipe.
+recipe_names() {
+    (cd "$project/runs/recipes" && ls -- *.base.flags | sed 's/\.base\.flags$//' | paste -sd ' ')
+}
+
+# Leaves in the array recipe the flags of a file in runs/recipes/, and in $pairs how many pairs a step of it takes.
+read_recipe() {
+    local file=$project/runs/recipes/$1.flags
+    [ -f "$file" ] || return 1
+    recipe=($(grep -v '^#' "$file"))
+    pairs=$(sed -n 's/^# pairs per step: //p' "$file")
+}
+
+# Adds --update_freq to recipe so that a step takes the published pairs on any number of GPUs; arguments as bash.sh's.
+keep_pairs_per_step() {
+    local batch=1 words=("${recipe[@]}" "$@") place at_once
+    for place in "${!words[@]}"; do
+        case ${words[$place]} in
+            --batch_size) batch=${words[$((place + 1))]:-} ;;
+            --batch_size=*) batch=${words[$place]#*=} ;;
+            --update_freq | --update_freq=*) return 0 ;; # the caller knows better
+        esac
+    done
+    case $batch in '' | 0 | *[!0-9]*) return 0 ;; esac # the program says what is wrong
+    at_once=$((batch * GPUS * ${NNODES:-1}))
+    local updates=$(((pairs + at_once / 2) / at_once))
+    [ "$updates" -ge 1 ] || updates=1
+    if [ $((updates * at_once)) = "$pairs" ]; then
+        echo "$pairs pairs per step, as published: $at_once at once, --update_freq $updates"
+    else
+        echo "$((updates * at_once)) pairs per step, not the published $pairs, which $at_once at once do not give"
+    fi
+    recipe+=(--update_freq "$updates")
 }
 
 # Runs a command and hands on a SIGTERM that this script gets, so that the training can write its checkpoint first. (Ctrl-C

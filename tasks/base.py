@@ -119,6 +119,21 @@ class Task(abc.ABC):
         final: after a prediction (`--eval`), with what takes long or needs the official files; False: after an epoch.
         """
 
+    def check_rows(self, dataset: ImageTextDataset, split: str) -> list[str]:
+        """What is wrong with the rows as a submission of the split: asked twice, missing, unknown. Empty: nothing.
+
+        Called before the first batch of a prediction, and again before its results are given out as complete.
+        """
+        return []
+
+    def check_references(self, split: str, final: bool) -> list[str]:
+        """What is wrong with the files of right answers that `score` will read for the split; `final` as there."""
+        return []
+
+    def remark(self, split: str) -> str | None:
+        """What a user should know of a submission of this split; None: nothing."""
+        return None
+
     def submission(self, columns: Columns, dataset: ImageTextDataset, split: str) -> list[dict[str, Any]] | None:
         """What the evaluation server wants; None for a task that has no server."""
         return None

@@ -41,7 +41,7 @@ class DataSettings:
         said_by="num_max_bpe_tokens",
     )
     split: str = flag("test", "what --eval predicts: test, val, …", essential=True)
-    seed: int = flag(0, "of everything that is drawn", at_least=0, decides_steps=True)
+    seed: int = flag(0, "of everything that is drawn", at_least=0, at_most=2**63 - 1, decides_steps=True)
     randaug: bool = flag(False, "RandAugment on training pictures", decides_steps=True)
     train_interpolation: str = flag(
         "bicubic",
@@ -61,7 +61,7 @@ class DataSettings:
         "train on another row where a picture cannot be read, the same one each time; evaluation never does",
         decides_steps=True,
     )
-    num_workers: int = flag(10, "loader processes per process; no more than cores", at_least=0)
+    num_workers: int = flag(10, "loader processes per process; no more than cores", at_least=0, at_most=1000)
     pin_mem: bool = flag(True, "page-locked batches, for GPUs", no="ordinary memory for batches")
 
     def problems(self) -> list[str]:

@@ -12,9 +12,11 @@ import torch
 from beit3.data.augmentation import OPERATIONS, EvalTransform, TrainTransform
 from beit3.data.images import normalize
 from beit3.data.tokenizer import Tokenizer
-from benchmarks import gpu, memory, models, peers, pictures, questions
+from benchmarks import gpu, memory, models, peers, pictures, questions, runs
 from benchmarks.table import Line, Reach, Row, Settings, interleave, read_sections, run_row, write_sections
+from engine_for_finetuning import prepare
 from modeling_finetune import HEADS
+from runs.command_line import read_settings
 from tasks.captioning.generation import generate
 from tasks.captioning.losses import masked_token_losses
 from tests import reference
@@ -189,6 +191,39 @@ def test_the_plain_index_is_ours(tmp_path):
     with pytest.raises(RuntimeError, match="the train index of the two sides differs"):
         questions.check_index(tree)
     assert json.loads(train[0])["image_path"].startswith("train2014/COCO_train2014_")
+
+
+@pytest.fixture(scope="module")
+def questions_tree(tmp_path_factory):
+    """A hundredth of a per cent of VQAv2, with its index."""
+    return questions.indexed_tree(tmp_path_factory.mktemp("questions"), 0.0001)
+
+
+def test_plain_evaluation_gives_our_answers(questions_tree, monkeypatch):
+    monkeypatch.setattr(runs, "EVALUATION_PIXELS", 64)
+    task = runs.open_task(questions_tree, 64)
+    dataset = task.dataset("val", training=False)
+    model = HEADS["vqav2"](models.make_config("vqav2", "tiny", 64)).eval()
+    reference.fill(model)
+    batch = prepare(dataset.collate([dataset[row] for row in range(8)]), task, torch.device("cpu"), torch.float32)
+    with torch.no_grad():
+        # No answer is the likelier one for all questions, so that they differ.
+        model.head[3].bias -= model(batch["image"], batch["token_ids"], batch["padding_mask"]).mean(dim=0)
+    sides = [side(task, dataset, model, 4, torch.device("cpu")) for side in (runs.our_answers, runs.peer_answers)]
+    assert [len(side) for side in sides] == [len(dataset)] * 2
+    assert len(set(sides[0])) > 1 and set(sides[0]) <= set(task.answers)
+    runs.check_answers(*sides)
+
+
+def test_answers_of_two_sides_that_differ_are_noticed():
+    runs.check_answers(["yes"] * 40, ["no"] * 2 + ["yes"] * 38)
+    with pytest.raises(RuntimeError, match="3 of 40 answers differ"):
+        runs.check_answers(["yes"] * 40, ["no"] * 3 + ["yes"] * 37)
+
+
+def test_the_command_to_the_first_step_is_a_good_one(questions_tree):
+    settings = read_settings(runs.first_step_flags(questions_tree, 384))
+    assert (settings.model_name, settings.data.input_size) == ("beit3_base_patch16_384_vqav2", 384)
 
 
 @needs_torchscale

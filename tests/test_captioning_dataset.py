@@ -162,6 +162,20 @@ def test_what_is_hidden_depends_on_seed_epoch_and_line_alone(coco):
     assert hidden(read(coco), 0) != hidden(read(coco), 1)
 
 
+def test_what_is_hidden_is_drawn_by_a_key_of_its_own(coco):
+    """A run that was begun with this key goes on with it."""
+    write_index(coco, [line(2, *range(10, 40)), line(1, *range(10, 40)), line(2, *range(10, 40))])
+    for captions, row in ((1, [0, 1, 2]), (2, [0, 1, 0])):  # pictures of two captions: the lines are 0 and 2, and 1
+        dataset = read(coco, captions_per_image=captions)
+        dataset.set_epoch(4)
+        for line_number, place in zip([0, 1, 2], row, strict=True):
+            item, number = dataset[place], int(captions == 2 and line_number == 2)
+            rng = np.random.default_rng([7, 4, line_number, 1])
+            hidden, positions = mask_caption(item["token_ids"][number], 0.6, MASK, VOCABULARY, rng)
+            assert torch.equal(item["masked_ids"][number], hidden)
+            assert torch.equal(item["language_masked_pos"][number], positions)
+
+
 def test_the_mask_is_the_last_id_unless_said_otherwise(coco):
     write_index(coco, [line(1, *[10] * 40)])
     assert (read(coco)[0]["masked_ids"][0] == 87).any()
@@ -209,9 +223,14 @@ def test_a_batch_of_pairs_written_out(coco):
     batch = dataset.collate(items)
     assert batch["token_ids"].tolist() == [[0, *range(10, 18), 2, *[1] * 6], [0, 30, 2, *[1] * 13]]
     assert batch["padding_mask"].sum(1).tolist() == [6, 13]
-    assert batch["language_masked_pos"].sum(1).tolist() == [5, 2]
-    assert torch.equal(batch["targets"], batch["token_ids"][batch["language_masked_pos"]])
-    assert batch["masked_index"].tolist() == batch["language_masked_pos"].flatten().nonzero().flatten().tolist()
+    assert batch.keys() == {
+        "image", "image_id", "row", "token_ids", "padding_mask", "masked_ids", "masked_index", "targets",
+    }  # fmt: skip
+    places = [item["language_masked_pos"][0].nonzero().flatten() for item in items]
+    assert [len(each) for each in places] == [5, 2]
+    assert batch["masked_index"].tolist() == [*places[0].tolist(), *(16 + places[1]).tolist()]
+    hidden = [item["token_ids"][0][each].tolist() for item, each in zip(items, places, strict=True)]
+    assert batch["targets"].tolist() == hidden[0] + hidden[1]
     for row, item in enumerate(items):
         length = len(item["masked_ids"][0])
         assert torch.equal(batch["masked_ids"][row, :length], item["masked_ids"][0])
@@ -226,7 +245,9 @@ def test_captions_that_are_not_there_are_rows_of_padding(coco):
     assert batch["image"].shape[0] == 2
     assert batch["token_ids"][:, 1].tolist() == [5, 7, 8, 6, 1, 1]
     assert batch["padding_mask"].all(1).tolist() == [False] * 4 + [True] * 2
-    assert not batch["language_masked_pos"][4:].any()
+    # Two of the three tokens of each caption are hidden, none of the rows of padding, which begin at 4 x 8.
+    assert len(batch["masked_index"]) == 8 and batch["masked_index"].max() < 32
+    assert (batch["targets"] != 1).all()
 
 
 def test_workers_and_epochs_change_nothing_but_what_they_should(coco, monkeypatch):

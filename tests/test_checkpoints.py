@@ -22,13 +22,15 @@ from beit3.training.checkpoints import (
     replace_folder,
     write_manifest,
 )
-from runs.state import Keeping, find_resumable, write_log
+from runs.log import write_log
+from runs.state import Keeping, find_resumable
 from tests.test_backends import make, take_steps
 from utils import Process
 
 ALONE = Process(0, 1, 0, torch.device("cpu"))
 FINGERPRINT = {
-    "versions": {"torch": "2"}, "world_size": 2, "recipe": {"--lr": 0.1, "--epochs": 3}, "data": {"tokenizer": "abc"},
+    "format": 2, "versions": {"torch": "2"}, "world_size": 2, "recipe": {"--lr": 0.1, "--epochs": 3},
+    "data": {"tokenizer": "abc"},
 }  # fmt: skip
 
 

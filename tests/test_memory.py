@@ -101,3 +101,14 @@ def test_what_fits():
     assert one.most_pictures(10 * GB) == 10  # 9 GB without that tenth, 4 of them fixed
     assert one.most_pictures(1 * GB) == 0
     assert str(one) == "8.0 GB: weights 1.00, gradients 1.00, optimizer 2.00, activations 8 × 0.500"
+
+
+def test_advice_keeps_the_pairs_per_step_and_does_not_propose_what_is_on():
+    demand = Demand(10, 10, 20, 0, per_picture=10, pictures=12)  # 160 bytes, of them 40 fixed
+    assert demand.advice(200, update_freq=2, zero_stage=0, recomputes=False) is None
+    advice = demand.advice(120, update_freq=2, zero_stage=0, recomputes=False)  # room for 6 pictures
+    assert "--batch_size 6 --update_freq 4" in advice
+    assert "--checkpoint_activations" in advice and "--zero_stage 2" in advice
+    advice = demand.advice(110, update_freq=2, zero_stage=2, recomputes=True)  # 5 do not divide 24
+    assert advice == "that may not fit: --batch_size 4 --update_freq 6"
+    assert "smaller model" in demand.advice(44, update_freq=2, zero_stage=2, recomputes=True)

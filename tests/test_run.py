@@ -14,8 +14,12 @@ import torch
 from safetensors.torch import load_file
 
 import run_beit3_finetuning as run
+import utils
 from beit3.model.weights import read_checkpoint, write_weights
+from beit3.system import machine
 from datasets import VQAv2Dataset
+from optim_factory import cosine_schedule
+from runs.command_line import read_settings
 from tests import reference
 from tests.workers import Run
 
@@ -55,18 +59,31 @@ def start(argv, launcher=(), timeout=300):
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False)
 
 
-def problems(argv, caplog):
-    """What the entry point says when it refuses; exit status 2."""
-    caplog.clear()
-    assert run.main(argv) == 2
-    return caplog.records[-1].getMessage()
-
-
 @pytest.fixture
 def caplog(caplog, monkeypatch):
     """The entry point sets logging up itself; here pytest listens."""
-    monkeypatch.setattr(run.utils, "set_up_logging", lambda is_main: None)
+    monkeypatch.setattr(utils, "set_up_logging", lambda is_main: None)
     return caplog
+
+
+@pytest.fixture
+def refusal(caplog, capsys):
+    """What the entry point says when it refuses; exit status 2.
+
+    Mistakes in the flags are printed before PyTorch and its logging are there; what is wrong with files is logged.
+    """
+
+    def message(argv):
+        caplog.clear()
+        capsys.readouterr()
+        assert run.main(argv) == 2
+        printed = capsys.readouterr().err
+        if printed:
+            assert printed.startswith("error: ") and not caplog.records
+            return printed.removeprefix("error: ").rstrip("\n")
+        return caplog.records[-1].getMessage()
+
+    return message
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +109,7 @@ def test_training_leaves_checkpoints_a_log_and_tensorboard_files(trained):
     assert (first["epoch"], second["epoch"]) == (0, 1)
     assert second["train_loss"] < first["train_loss"]
     assert second["train_lr"] == pytest.approx(
-        run.cosine_schedule(1e-3, 1e-6, epochs=2, steps_per_epoch=13, warmup_epochs=1)[-1]
+        cosine_schedule(1e-3, 1e-6, epochs=2, steps_per_epoch=13, warmup_epochs=1)[-1]
     )
     assert 0 <= second["val_score"] <= 100
     model = reference.timm.create_model("beit3_tiny_patch16_64_vqav2", vocab_size=100, num_classes=14)
@@ -232,7 +249,7 @@ def test_compiled_training_goes_the_same_way(coco, tmp_path, trained):
 
 
 def test_what_training_takes_is_said_and_what_helps_where_it_does_not_fit(coco, tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(run, "free_memory", lambda device: 40e6)
+    monkeypatch.setattr(machine, "free_memory", lambda device: 40e6)
     caplog.set_level("INFO")
     assert run.main(tiny_flags(coco, tmp_path, epochs=1)) == 0
     said = [record.getMessage() for record in caplog.records]
@@ -257,16 +274,25 @@ PUBLISHED_PREDICTION = (
 )
 
 
-def test_the_published_lines_parse_with_the_published_meaning():
-    args = run.get_args(PUBLISHED.format(spm="s", weights="w", data="d", out="o").split())
-    assert (args.opt_betas, args.task_head_lr_weight, args.layer_decay) == ([0.9, 0.98], 20, 1.0)
-    assert args.randaug
-    assert args.enable_deepspeed
-    assert args.auto_resume
-    assert args.save_ckpt
-    args = run.get_args(PUBLISHED_PREDICTION.format(spm="s", weights="w", data="d", out="o").split())
-    assert args.eval
-    assert args.split == "test"
+def test_the_published_lines_parse_with_the_published_meaning(coco, tmp_path):
+    (tmp_path / "weights.pth").touch()
+    files = {"spm": coco / "mini.spm", "data": coco, "out": tmp_path / "out"}
+    settings = read_settings(PUBLISHED.format(weights=tmp_path / "weights.pth", **files).split())
+    optimizer = settings.optimizer
+    assert (optimizer.opt_betas, optimizer.task_head_lr_weight, optimizer.layer_decay) == ((0.9, 0.98), 20, 1.0)
+    assert settings.data.randaug
+    assert settings.deepspeed.enable_deepspeed
+    assert settings.run.auto_resume
+    assert settings.run.save_ckpt
+    assert settings.ignored == ()
+    shapes = {"beit3.text_embed.weight": [64010, 768], "beit3.encoder.embed_positions.A.weight": [903, 768]}
+    shapes |= {f"beit3.encoder.layers.{n}.ffn.A.fc1.weight": [3072, 768] for n in range(12)}
+    header = json.dumps({name: {"dtype": "F32", "shape": shape} for name, shape in shapes.items()}).encode()
+    (tmp_path / "weights.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    settings = read_settings(PUBLISHED_PREDICTION.format(weights=tmp_path / "weights.safetensors", **files).split())
+    assert settings.run.eval
+    assert settings.data.split == "test"
+    assert [line.split(":")[0] for line in settings.ignored] == ["--dist_eval"]
 
 
 @pytest.mark.slow
@@ -306,12 +332,12 @@ def test_a_released_head_answers_with_the_answers_of_the_data(coco, tmp_path, ca
     assert {entry["answer"] for entry in submission} <= known
 
 
-def test_every_mistake_is_told_at_once_and_before_anything_is_loaded(coco, tmp_path, caplog):
+def test_every_mistake_is_told_at_once_and_before_anything_is_loaded(coco, tmp_path, refusal):
     flags = tiny_flags(
         tmp_path / "nowhere", tmp_path / "out", model="beit3_tiny_patch16_64", input_size=224,
         sentencepiece_model=tmp_path / "no.spm", finetune=tmp_path / "no.pth", batch_size=0,
     )  # fmt: skip
-    message = problems(flags, caplog)
+    message = refusal(flags)
     assert "--input_size 224: beit3_tiny_patch16_64 takes pictures of 64 pixels" in message
     assert f"--sentencepiece_model {tmp_path}/no.spm: no such file" in message
     assert f"--finetune {tmp_path}/no.pth: no such file or folder" in message
@@ -336,13 +362,13 @@ def test_every_mistake_is_told_at_once_and_before_anything_is_loaded(coco, tmp_p
         ({"opt": "adamv"}, "--opt adamv is not known"),
     ],
 )
-def test_a_mistake_is_named_with_the_way_out(coco, tmp_path, caplog, changes, message):
-    assert message in problems(tiny_flags(coco, tmp_path, **changes), caplog)
+def test_a_mistake_is_named_with_the_way_out(coco, tmp_path, refusal, changes, message):
+    assert message in refusal(tiny_flags(coco, tmp_path, **changes))
 
 
-def test_missing_index_files_come_with_the_lines_that_make_them(tmp_path, caplog):
+def test_missing_index_files_come_with_the_lines_that_make_them(tmp_path, refusal):
     shutil.copy(reference.MINI_COCO / "mini.spm", tmp_path)
-    message = problems(tiny_flags(tmp_path, tmp_path / "out"), caplog)
+    message = refusal(tiny_flags(tmp_path, tmp_path / "out"))
     for part in (
         "vqa.train.jsonl",
         "vqa.rest_val.jsonl",
@@ -357,24 +383,24 @@ def damaged(coco, folder):
     return folder
 
 
-def test_bad_lines_and_labels_beyond_the_answers_are_listed_with_file_and_line(coco, tmp_path, caplog):
+def test_bad_lines_and_labels_beyond_the_answers_are_listed_with_file_and_line(coco, tmp_path, refusal):
     data = damaged(coco, tmp_path / "data")
     lines = (data / "vqa.train.jsonl").read_text().splitlines()
     lines[2] = "{not json"
     lines[5] = json.dumps({**json.loads(lines[5]), "labels": [99], "scores": [1.0]})
     lines[7] = json.dumps({**json.loads(lines[7]), "image_path": "../outside.jpg"})
     (data / "vqa.train.jsonl").write_text("\n".join(lines) + "\n")
-    message = problems(tiny_flags(data, tmp_path / "out"), caplog)
+    message = refusal(tiny_flags(data, tmp_path / "out"))
     for number in (3, 6, 8):
         assert f"vqa.train.jsonl:{number}" in message
 
 
-def test_corrupt_pictures_are_found_before_training(coco, tmp_path, caplog):
+def test_corrupt_pictures_are_found_before_training(coco, tmp_path, refusal):
     data = damaged(coco, tmp_path / "data")
     (data / "train2014" / "COCO_train2014_000000000003.jpg").write_bytes(b"no picture")
     cut = (data / "val2014" / "COCO_val2014_000000000101.jpg").read_bytes()[:900]
     (data / "val2014" / "COCO_val2014_000000000101.jpg").write_bytes(cut)
-    message = problems(tiny_flags(data, tmp_path / "out"), caplog)
+    message = refusal(tiny_flags(data, tmp_path / "out"))
     assert "COCO_train2014_000000000003.jpg" in message
     assert "COCO_val2014_000000000101.jpg" in message
 
@@ -394,39 +420,22 @@ def test_a_picture_damaged_inside_stops_training_naming_file_and_row(coco, tmp_p
     assert "Traceback" not in message
 
 
-def test_a_checkpoint_that_says_otherwise_is_refused(coco, trained, tmp_path, caplog):
+def test_a_checkpoint_that_says_otherwise_is_refused(coco, trained, tmp_path, refusal):
     checkpoint = read_checkpoint(trained / "checkpoint-best.pth")
     description = {**checkpoint.description, "tokenizer_sha256": "0" * 64, "image_size": 480}
     write_weights(tmp_path / "other.pth", checkpoint.state_dict, description)
-    message = problems(tiny_flags(coco, tmp_path, finetune=tmp_path / "other.pth", eval=True), caplog)
-    assert "made with image_size 480, the command line says 64" in message
-    assert "made with tokenizer_sha256 000000" in message
+    message = refusal(tiny_flags(coco, tmp_path, finetune=tmp_path / "other.pth", eval=True))
+    assert "made with image_size 480, the command line says --input_size 64" in message
+    assert "made with the tokenizer of SHA-256 000000000000, the command line says --sentencepiece_model" in message
 
 
-def test_a_submission_that_misses_questions_is_refused(coco, trained, tmp_path, caplog):
+def test_a_submission_that_misses_questions_is_refused(coco, trained, tmp_path, refusal):
     data = damaged(coco, tmp_path / "data")
     lines = (data / "vqa.test.jsonl").read_text().splitlines()
     missing = json.loads(lines[0])["qid"]
     (data / "vqa.test.jsonl").write_text("\n".join([*lines[1:], lines[1]]) + "\n")
     flags = tiny_flags(data, tmp_path / "out", finetune=trained / "checkpoint-best.pth", eval=True)
-    message = problems(flags, caplog)
+    message = refusal(flags)
     assert f"question {missing} of {data}/vqa/v2_OpenEnded_mscoco_test2015_questions.json has no answer" in message
     assert f"question {json.loads(lines[1])['qid']} has 2 answers" in message
     assert not (tmp_path / "out" / "submit_vqav2_test.json").exists()
-
-
-def test_every_flag_of_the_released_code_is_accepted():
-    flags = """--model m --task vqav2 --input_size 1 --drop_path 0 --checkpoint_activations --sentencepiece_model s
-        --vocab_size 1 --num_max_bpe_tokens 1 --model_ema --model_ema_decay 0 --model_ema_force_cpu --opt adamw
-        --opt_eps 1 --opt_betas 0 0 --clip_grad 1 --momentum 1 --weight_decay 1 --lr 1 --layer_decay 1
-        --task_head_lr_weight 1 --warmup_lr 1 --min_lr 1 --warmup_epochs 1 --warmup_steps 1 --batch_size 1
-        --eval_batch_size 1 --epochs 1 --update_freq 1 --save_ckpt_freq 1 --randaug --train_interpolation bicubic
-        --finetune f --model_key m --model_prefix p --data_path d --output_dir o --log_dir l --device cpu --seed 1
-        --resume r --auto_resume --no_auto_resume --save_ckpt --no_save_ckpt --start_epoch 1 --eval --dist_eval
-        --num_workers 1 --pin_mem --no_pin_mem --world_size 1 --local_rank 1 --dist_on_itp --dist_url u
-        --task_cache_path t --nb_classes 1 --mixup 1 --cutmix 1 --cutmix_minmax 0 1 --mixup_prob 1
-        --mixup_switch_prob 1 --mixup_mode batch --color_jitter 1 --aa a --smoothing 1 --crop_pct 1 --reprob 1
-        --remode pixel --recount 1 --resplit --captioning_mask_prob 1 --drop_worst_ratio 1 --drop_worst_after 1
-        --num_beams 1 --length_penalty 1 --label_smoothing 1 --enable_deepspeed --initial_scale_power 1
-        --zero_stage 0 --deepspeed --deepspeed_config c --local-rank 0"""
-    run.get_args(flags.split())

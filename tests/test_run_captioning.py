@@ -6,9 +6,9 @@ import shutil
 import pytest
 import torch
 
-import run_beit3_finetuning as run
 from beit3.model.weights import read_checkpoint
 from datasets import CaptioningDataset
+from runs.command_line import read_settings
 from tests import reference
 from tests.test_run import log_of, start, tiny_flags
 from tests.workers import Run
@@ -43,10 +43,18 @@ def trained(coco, tmp_path_factory):
     return out
 
 
-def test_the_published_line_parses_with_the_published_meaning():
-    args = run.get_args(PUBLISHED.split())
-    assert (args.task, args.captioning_mask_prob, args.drop_worst_after) == ("coco_captioning", 0.7, 12000)
-    assert (args.num_beams, args.length_penalty, args.label_smoothing) == (3, 0.6, 0.1)
+def published(data, weights, out):
+    """The published line with a reader's own files."""
+    line = PUBLISHED.replace("beit3.spm", str(data / "mini.spm")).replace("/COCO", str(data))
+    line = line.replace("beit3_base_patch16_224.pth", str(weights))
+    return line.replace("./output_freeze", str(out)).replace("./log_freeze", f"{out}/log").split()
+
+
+def test_the_published_line_parses_with_the_published_meaning(coco, tmp_path):
+    (tmp_path / "weights.pth").touch()
+    task = read_settings(published(coco, tmp_path / "weights.pth", tmp_path / "out")).task
+    assert (task.name, task.captioning_mask_prob, task.drop_worst_after) == ("coco_captioning", 0.7, 12000)
+    assert (task.num_beams, task.length_penalty, task.label_smoothing) == (3, 0.6, 0.1)
 
 
 def test_training_validates_by_cider_and_keeps_its_captions(trained, coco):
@@ -142,11 +150,9 @@ def test_the_published_line_runs_on_released_weights(coco, tmp_path):
     for split, count in (("train", 2), ("val", 2)):
         file = data / f"coco_captioning.{split}.jsonl"
         file.write_text("".join(file.read_text().splitlines(keepends=True)[:count]))
-    line = PUBLISHED.replace("beit3.spm", str(data / "mini.spm")).replace("/COCO", str(data))
-    line = line.replace("beit3_base_patch16_224.pth", str(tmp_path / "beit3_base_patch16_224.pth"))
-    line = line.replace("./output_freeze", str(tmp_path / "out")).replace("./log_freeze", str(tmp_path / "log"))
+    line = published(data, tmp_path / "beit3_base_patch16_224.pth", tmp_path / "out")
     small = ["--epochs", "1", "--batch_size", "2", "--warmup_epochs", "0", "--num_workers", "0"]
-    result = start([*line.split(), *small], timeout=560)
+    result = start([*line, *small], timeout=560)
     assert result.returncode == 0, result.stderr
     assert "embed_positions.A.weight 199 → 903 rows" in result.stderr
     assert "new:" not in result.stderr

@@ -1,11 +1,14 @@
-"""Processes: who is who under each launcher, where they meet, and how they agree to stop."""
+"""Processes: who is who under each launcher, where they meet, what they bring together, how they agree to stop."""
 
 import os
 import signal
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 import utils
+from engine_for_finetuning import evaluate
 from tests.workers import run_processes
 
 
@@ -61,3 +64,110 @@ def test_the_signals_are_given_back():
     assert signal.getsignal(signal.SIGINT) != before
     stop.release()
     assert signal.getsignal(signal.SIGINT) == before
+
+
+def answers_of(rows):
+    """Columns of tensors of several types and shapes, and of lists; each entry tells its row."""
+    numbers = torch.tensor(rows, dtype=torch.int64)
+    return {
+        "row": numbers,
+        "label": (numbers * 3).to(torch.int32),
+        "large": numbers + 2**40,
+        "right": numbers % 2 == 0,
+        "byte": (200 + numbers).to(torch.uint8),
+        "feature": numbers[:, None, None].float() / 3 + torch.arange(6).reshape(2, 3),
+        "half": numbers.half()[:, None].expand(-1, 4),  # not contiguous
+        "bf16": numbers.bfloat16(),
+        "double": numbers.double() / 7,
+        "caption": [f"row {row}, ä" for row in rows],
+        "boxes": [[row] * (row % 3) for row in rows],
+    }
+
+
+def plain(columns):
+    """Name → (type, values) in what can be sent between processes."""
+    if columns is None:
+        return None
+    return {
+        name: (str(value.dtype), value.tolist()) if isinstance(value, torch.Tensor) else ("list", value)
+        for name, value in columns.items()
+    }
+
+
+def evaluate_batches(process, shares):
+    """What `evaluate` says on each process of batches that are there without a data set."""
+    batches = [{"row": torch.tensor(rows), "x": torch.tensor(rows)} for rows in shares[process.rank]]
+    calls = []
+
+    def predict_step(model, batch):
+        return {name: column for name, column in answers_of(batch["x"].tolist()).items() if name != "row"}
+
+    columns = evaluate(
+        SimpleNamespace(predict_step=predict_step),
+        torch.nn.Identity(),
+        batches,
+        process,
+        autocast=torch.no_grad,
+        check_stop=lambda: calls.append(1),
+    )
+    return plain(columns), len(calls)
+
+
+# Each is a list with the rows of each process; None: a process without batches, which has no columns at all.
+ROWS = [
+    [[4, 0, 2]],
+    [[0, 2], [1, 3, 5, 7, 9]],
+    [[], [0]],
+    [[0], []],
+    [None, [3, 1]],
+    [[1], None, [5, 0, 2]],
+]
+# Each is a list with the batches of each process, lists of rows.
+BATCHES = [
+    [[[0, 1, 2, 3], [4, 5, 6]]],
+    [[[6, 2], [0]], [[5, 3, 1], [4]]],
+    [[[0, 2], [4, 6]], [[1, 3], [5]]],
+    [[[0]], []],
+    [[], [[1, 0]]],
+    [[[0, 3]], [[1], [4], [5]], []],
+    [[[0, 1, 2], [3]], [[1, 4], [5]], [[5, 6]]],  # a sampler that fills up: rows 1 and 5 are there twice
+]
+
+
+def bring_together(process):
+    """What this process gets of each of `ROWS` and `BATCHES` that are for so many processes."""
+    gathered = []
+    for shares in (shares for shares in ROWS if len(shares) == process.world_size):
+        rows = shares[process.rank]
+        parts = utils.gather_columns({} if rows is None else answers_of(rows))
+        gathered.append(None if parts is None else [plain(part) for part in parts])
+    evaluated = [evaluate_batches(process, shares) for shares in BATCHES if len(shares) == process.world_size]
+    return gathered, evaluated
+
+
+@pytest.fixture(scope="module", params=[1, 2, 3])
+def together(request):
+    """The results of `bring_together` in so many processes, in rank order."""
+    return run_processes(bring_together, request.param)
+
+
+def test_columns_of_all_processes_arrive_at_the_first_alone(together):
+    cases = [shares for shares in ROWS if len(shares) == len(together)]
+    for number, shares in enumerate(cases):
+        first, *others = [gathered[number] for gathered, _ in together]
+        assert first == [{} if rows is None else plain(answers_of(rows)) for rows in shares]
+        assert others == [None] * (len(shares) - 1)
+    assert cases
+
+
+def test_evaluation_has_each_row_once_and_in_order_on_the_first_process(together):
+    cases = [shares for shares in BATCHES if len(shares) == len(together)]
+    for number, shares in enumerate(cases):
+        results = [evaluated[number] for _, evaluated in together]
+        rows = sorted({row for batches in shares for batch in batches for row in batch})
+        first, *others = [columns for columns, _ in results]
+        assert first == plain(answers_of(rows))
+        assert others == [None] * (len(shares) - 1)
+        # Every process asks equally often whether to stop; else one would wait for the others for ever.
+        assert {calls for _, calls in results} == {max(len(batches) for batches in shares)}
+    assert cases

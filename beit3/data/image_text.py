@@ -162,16 +162,16 @@ def pad_text(token_ids: Sequence[Tensor], num_max_bpe_tokens: int) -> tuple[Tens
     return padded, padding_mask
 
 
-def collate_image_text(items: Sequence[Item], num_max_bpe_tokens: int) -> dict[str, Tensor]:
-    """The part of a batch that all tasks on pictures and texts share.
+def collate_image_text(items: Sequence[Item], num_max_bpe_tokens: int = 0) -> dict[str, Tensor]:
+    """The part of a batch that all tasks share.
 
-    Returns "image" uint8 (B, 3, H, W); "token_ids" int64 and "padding_mask" bool (B, T), see `pad_text`; "row" int64
-    (B,).
+    Returns "image" uint8 (B, 3, H, W); "row" int64 (B,); for items with texts also "token_ids" int64 and "padding_mask"
+    bool (B, T), see `pad_text`, which `num_max_bpe_tokens` is for.
     """
-    token_ids, padding_mask = pad_text([item["token_ids"] for item in items], num_max_bpe_tokens)
-    return {
+    batch = {
         "image": torch.stack([item["image"] for item in items]),
-        "token_ids": token_ids,
-        "padding_mask": padding_mask,
         "row": torch.tensor([item["row"] for item in items], dtype=torch.int64),
     }
+    if "token_ids" in items[0]:
+        batch["token_ids"], batch["padding_mask"] = pad_text([item["token_ids"] for item in items], num_max_bpe_tokens)
+    return batch

@@ -99,13 +99,14 @@ def _collate(collate: Callable[[Sequence[Item]], dict[str, Tensor]], items: Sequ
 
 
 class _Loader(DataLoader[dict[str, Any]]):
-    """A loader whose workers are deaf to Ctrl-C and SIGTERM, from their first moment on.
+    """A loader whose workers are deaf to Ctrl-C, SIGTERM and SIGHUP, from their first moment on.
 
     Launchers and terminals send signals to all processes; when to stop is for the process that trains to say.
     """
 
     def __iter__(self) -> Any:
-        held = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))  # which a worker inherits
+        signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        held = signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # which a worker inherits
         try:
             return super().__iter__()
         finally:

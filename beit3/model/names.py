@@ -47,12 +47,28 @@ def pixels_of(name: str) -> int:
     return int(name.rpartition("_")[2])
 
 
+# A parameter that only a model with this head has.
+TELLING = {
+    "vqav2": "pooler.dense.weight",
+    "captioning": "mlm_head.weight",
+    "retrieval": "logit_scale",
+    "nlvr2": "head.dense1.weight",
+    "imageclassification": "fc_norm.weight",
+}
+
+
+def suffix_by_shapes(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+    """The head that a checkpoint's parameters belong to; None where there is none, as after pre-training."""
+    found = [suffix for suffix, name in TELLING.items() if name in shapes]
+    return found[0] if len(found) == 1 else None
+
+
 def name_by_shapes(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
     """The `--model` whose encoder has these shapes (parameter name → shape); None where there is none such."""
     text = shapes.get("beit3.text_embed.weight")
     table = shapes.get("beit3.encoder.embed_positions.A.weight")
     layers = {name.split(".")[3] for name in shapes if name.startswith("beit3.encoder.layers.")}
-    if text is None or table is None or len(text) != 2:
+    if text is None or table is None or len(text) != 2 or len(table) != 2:
         return None
     pixels = PATCH * math.isqrt(max(0, table[0] - 3))  # two unused rows and the class token come first
     for size, shape in SIZES.items():

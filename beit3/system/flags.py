@@ -15,7 +15,7 @@ import difflib
 import math
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -36,6 +36,7 @@ class Facts:
         essential: part of the short help.
         no: help of `--no_<name>`, for what is on by default.
         also: other spellings.
+        default_shown: whether the help names the default.
     """
 
     help: str
@@ -49,6 +50,7 @@ class Facts:
     essential: bool = False
     no: str = ""
     also: tuple[str, ...] = ()
+    default_shown: bool = True
 
 
 def flag(default: Any, help: str, **facts: Any) -> Any:
@@ -66,27 +68,29 @@ class Flag:
     default: Any
     facts: Facts
 
-    def add_to(self, group: Any, hidden: bool = False) -> None:
-        """To a parser or a group of it. What was given comes out as text, so that all mistakes are found together."""
-        text = argparse.SUPPRESS if hidden else self.help
+    def add_to(self, group: Any, any_count: bool = False) -> None:
+        """To a parser or a group of it. What was given comes out as text, so that all mistakes are found together.
+
+        any_count: take any number of values, because argparse would stop at a wrong one; `read` counts them.
+        """
         names = [f"--{self.name}", *self.facts.also]
         common: dict[str, Any] = {"dest": self.name, "default": argparse.SUPPRESS}
         if self.count == 0:
-            group.add_argument(*names, action="store_true", help=text, **common)
+            group.add_argument(*names, action="store_true", help=self.help, **common)
             if self.default:
-                no = argparse.SUPPRESS if hidden else self.facts.no or f"not --{self.name}"
+                no = self.facts.no or f"not --{self.name}"
                 group.add_argument(f"--no_{self.name}", action="store_false", help=no, **common)
             return
-        nargs = {} if self.count == 1 else {"nargs": self.count}
         metavar = {int: "N", float: "X", Path: "PATH"}.get(self.kind, "TEXT")
         if self.facts.choices is not None:
             metavar = "{" + ",".join(map(str, self.facts.choices)) + "}"
-        group.add_argument(*names, help=text, metavar=metavar, **nargs, **common)
+        nargs: Any = "*" if any_count else self.count if self.count > 1 else None
+        group.add_argument(*names, help=self.help, metavar=metavar, nargs=nargs, **common)
 
     @property
     def help(self) -> str:
         default = self.default
-        if default is None or default == "" or isinstance(default, bool):
+        if not self.facts.default_shown or default is None or default == "" or isinstance(default, bool):
             return self.facts.help
         shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
         return f"{self.facts.help} ({shown})"
@@ -95,9 +99,13 @@ class Flag:
         """The value of what was given. Raises ValueError saying what is wrong with it."""
         if self.count == 0:
             return given
-        texts = [given] if self.count == 1 else given
+        texts = [given] if isinstance(given, str) else given
+        if len(texts) != self.count:
+            raise ValueError("one value is wanted" if self.count == 1 else f"{self.count} values are wanted")
+        if self.kind is Path and not all(texts):
+            raise ValueError("a path is wanted; is a variable of the shell empty?")  # Path("") is the current folder
         values = [self._number(text) if self.kind in (int, float) else self.kind(text) for text in texts]
-        self._check(values, texts)
+        self._check(values)
         return values[0] if self.count == 1 else tuple(values)
 
     def _number(self, text: str) -> float:
@@ -105,11 +113,11 @@ class Flag:
             value = self.kind(text)
         except ValueError:
             raise ValueError("a whole number is wanted" if self.kind is int else "a number is wanted") from None
-        if not math.isfinite(value):
+        if self.kind is float and not math.isfinite(value):
             raise ValueError("a finite number is wanted")
         return value
 
-    def _check(self, values: Sequence[Any], texts: Sequence[str]) -> None:
+    def _check(self, values: Sequence[Any]) -> None:
         facts = self.facts
         if facts.choices is not None and not set(values) <= set(facts.choices):
             raise ValueError(f"one of {', '.join(map(str, facts.choices))} is wanted")
@@ -127,7 +135,7 @@ class Flag:
         """The bounds in words, such as "at least 0 and below 1"."""
         named = (("at least", "at_least"), ("above", "above"), ("at most", "at_most"), ("below", "below"))
         parts = [(words, getattr(self.facts, name)) for words, name in named]
-        return " and ".join(f"{words} {limit:g}" for words, limit in parts if limit is not None)
+        return " and ".join(f"{words} {limit:,}" for words, limit in parts if limit is not None)
 
 
 def flags_of(settings: type) -> tuple[Flag, ...]:
@@ -161,6 +169,18 @@ class Parser(argparse.ArgumentParser):
         raise InputError(message.removeprefix("argument "))
 
 
+def without_values(argv: Sequence[str], switches: Collection[str], problems: list[str]) -> list[str]:
+    """The arguments with what was given to switches as `--eval=yes` taken off and added to `problems`."""
+    kept = []
+    for argument in argv:
+        name, equals, value = argument.partition("=")
+        if equals and name in switches:
+            problems.append(f"{name} takes no value, found {value!r}; leave {name} away where it is not wanted")
+            argument = name
+        kept.append(argument)
+    return kept
+
+
 def unknown_flags(left_over: Sequence[str], known: Iterable[str]) -> list[str]:
     """A sentence for each argument that is no flag, with the flag that may have been meant."""
     problems, behind_unknown = [], False
@@ -184,8 +204,8 @@ def values(settings: type, given: Mapping[str, Any], problems: list[str]) -> dic
             try:
                 read[each.name] = each.read(given[each.name])
             except ValueError as error:
-                text = given[each.name] if isinstance(given[each.name], str) else " ".join(given[each.name])
-                problems.append(f"--{each.name} {text}: {error}")
+                text = "".join(f" {value or repr(value)}" for value in given[each.name])
+                problems.append(f"--{each.name}{text}: {error}")
     return read
 
 

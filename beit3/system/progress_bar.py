@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 import time
@@ -29,7 +30,8 @@ class ProgressBar:
         if self.bar is not None:
             if text:
                 self.bar.set_postfix_str(text, refresh=False)
-            self.bar.update()
+            with contextlib.suppress(OSError):  # the terminal was closed; what it showed goes on
+                self.bar.update()
         elif self.lines and text and time.monotonic() - self.last_line >= self.seconds_between_lines:
             self.last_line = time.monotonic()
             left = (self.last_line - self.started) / max(self.done - self.first, 1) * (self.total - self.done)
@@ -37,7 +39,8 @@ class ProgressBar:
 
     def close(self) -> None:
         if self.bar is not None:
-            self.bar.close()
+            with contextlib.suppress(OSError):
+                self.bar.close()
 
 
 def duration(seconds: float) -> str:

@@ -5,7 +5,6 @@ A step is `update_freq` times (inside `micro_step`: forward, `backward`), then `
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -21,8 +20,6 @@ from beit3.model.weights import load_untrusted
 from beit3.system.atomic_files import atomic_write
 from beit3.training.checkpoints import errors_named
 from beit3.training.ema import applied_to
-
-logger = logging.getLogger(__name__)
 
 # Values of gradients that DeepSpeed gathers before it sends them. Its own default, 5e8, takes one to two gigabytes for
 # any model.

@@ -95,8 +95,7 @@ class DeepSpeedBackend:
         # ZeRO-3 leaves the model in pieces, which only all processes in step can compute with.
         self._whole = copy.deepcopy(model).cpu() if settings.zero_stage == 3 else None
         self._broken = False
-        with _its_prints_in_our_log():
-            _build_cpu_op_once()
+        with _its_prints_in_our_log(), _without_cpu_op():
             self.engine, self.optimizer, _, _ = deepspeed.initialize(
                 model=model, optimizer=optimizer, config=self.config, dist_init_required=False
             )
@@ -217,16 +216,23 @@ def _limit_waiting(timeout: timedelta) -> None:
             set_timeout(timeout, group)
 
 
-def _build_cpu_op_once() -> None:
-    """On a CPU DeepSpeed compiles a small op at its first use; two processes doing that at once can fail."""
-    from deepspeed.accelerator import get_accelerator
-    from deepspeed.comm.torch import build_shm_op
+@contextmanager
+def _without_cpu_op() -> Iterator[None]:
+    """On a CPU DeepSpeed compiles an op of its own at its first use, for minutes and without a word.
 
-    if get_accelerator().device_name() != "cpu":
+    The op adds up tensors in inference over several processes, which no training asks for; so it is not built.
+    """
+    from deepspeed.comm import torch as communication
+
+    build = getattr(communication, "build_shm_op", None)
+    if build is None:  # releases that have no such op
+        yield
         return
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        build_shm_op()
-    dist.barrier()
+    communication.build_shm_op = lambda: None
+    try:
+        yield
+    finally:
+        communication.build_shm_op = build
 
 
 def _safe_load(path: str, map_location: object = None) -> Any:

@@ -42,14 +42,22 @@ class Demand:
     def fits(self, room: float) -> bool:
         return self.total <= TIGHT * room
 
-    def advice(self, room: float, zero_stage: int) -> str | None:
-        """What to do where `room` bytes may be too few; None where they are enough. zero_stage: 0 without DeepSpeed."""
+    def advice(self, room: float, *, update_freq: int, zero_stage: int, recomputes: bool) -> str | None:
+        """What to do where `room` bytes may be too few; None where they are enough.
+
+        A smaller batch keeps the pairs per step, because these belong to the recipe.
+
+        Args:
+            update_freq: batches per step. zero_stage: 0 without DeepSpeed. recomputes: whether layers are recomputed.
+        """
         if self.fits(room):
             return None
-        most = self.most_pictures(room)
-        smaller = f"--batch_size {most} with a larger --update_freq, " if most else ""
-        sharing = "" if zero_stage >= 2 else " or --enable_deepspeed --zero_stage 2"
-        return f"that may not fit: {smaller}--checkpoint_activations{sharing}"
+        pairs, most = self.pictures * update_freq, self.most_pictures(room)
+        smaller = max((batch for batch in range(1, most + 1) if pairs % batch == 0), default=0)
+        ways = [f"--batch_size {smaller} --update_freq {pairs // smaller}"] if smaller else []
+        ways += [] if recomputes else ["--checkpoint_activations"]
+        ways += [] if zero_stage >= 2 else ["--enable_deepspeed --zero_stage 2"]
+        return f"that may not fit: {', or '.join(ways) or 'take a smaller model, or a device with more memory'}"
 
     def __str__(self) -> str:
         parts = {"weights": self.weights, "gradients": self.gradients, "optimizer": self.optimizer}

@@ -35,13 +35,13 @@ class CaptioningSettings(TaskSettings):
     drop_worst_ratio: float = flag(
         0.2, "share of hidden tokens left out as too hard", at_least=0, below=1, decides_steps=True
     )
-    drop_worst_after: int = flag(12000, "steps before that begins", at_least=0, decides_steps=True)
+    drop_worst_after: int = flag(12000, "steps before that begins", at_least=0, at_most=10**9, decides_steps=True)
     label_smoothing: float = flag(0.1, "probability spread over other tokens", at_least=0, below=1, decides_steps=True)
     captions_per_image: int = flag(
         1, "captions learned in one pass over their picture", at_least=1, at_most=1000, decides_steps=True
     )
     num_beams: int = flag(3, "beams of the search; 1 = greedy", at_least=1, at_most=1000)
-    length_penalty: float = flag(0.6, "exponent of the length that divides scores")
+    length_penalty: float = flag(0.6, "exponent of the length that divides scores", at_least=-10, at_most=10)
 
     name: ClassVar[str] = COCO
     task: ClassVar[str] = "tasks.captioning.task:Captioning"

@@ -7,20 +7,24 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from beit3.data.image_text import ImageTextDataset
-from beit3.system.errors import InputError
+from beit3.system.errors import InputError, printable
 from tasks.base import Columns, Scores, Task
 from tasks.captioning.dataset import CaptioningDataset
 from tasks.captioning.generation import generate
 from tasks.captioning.index import COCO, KARPATHY_FILE
 from tasks.captioning.losses import drop_worst, masked_token_losses
 from tasks.captioning.references import coco_ground_truth, load_references
+from tasks.captioning.scores.constant_caption import best_constant_caption
 from tasks.captioning.scores.scores import CaptionScores, caption_metrics
+
+CANDIDATES = 300  # the most frequent captions people wrote, tried for the baseline
 
 References = dict[Any, list[str]]  # image id → the captions people wrote
 
@@ -108,12 +112,40 @@ class Captioning(Task):
             "images_without_picture": len(every_reference) - len(references),
             **scores.as_json(),
         }
-        kept |= {} if final else {f"{self.name}_result_{split}": report}
+        if final:
+            report["constant_caption"] = _constant_caption(references)
+        else:
+            kept[f"{self.name}_result_{split}"] = report
         return Scores(dict(scores.scores), report, _report_lines(report, scores), kept)
 
+    def check_rows(self, dataset: ImageTextDataset, split: str) -> list[str]:
+        """Pictures that stand in the index twice, or that nobody wrote captions of where these are there."""
+        counts = Counter(dataset.table["image_id"][:].tolist())
+        problems = [
+            f"image {image} has {n} captions, one for each time it is in the index"
+            for image, n in counts.items()
+            if n > 1
+        ]
+        references = self.references(split)
+        if references is not None:
+            problems += [f"image {image} has no reference captions" for image in counts if image not in references]
+        if problems:
+            problems.append("was the index made from other files? Make it again")
+        return problems
+
+    def check_references(self, split: str, final: bool) -> list[str]:
+        try:
+            self.references(split)
+        except InputError as error:
+            return error.problems
+        except (OSError, ValueError) as error:
+            return [f"the captions that people wrote cannot be read: {error}"]
+        return []
+
     def submission(self, columns: Columns, dataset: ImageTextDataset, split: str) -> list[dict[str, Any]]:
-        """One caption per picture. Raises InputError where a picture has two."""
-        return _as_submission(_by_image(columns, dataset))
+        """A caption for each row; that each picture has just one is for `check_rows` to see."""
+        images = dataset.table["image_id"][columns["row"].numpy()].tolist()
+        return [{"image_id": image, "caption": text} for image, text in zip(images, columns["caption"], strict=True)]
 
     def report_file(self, split: str) -> str:
         return f"{self.name}_result" if split == "test" else super().report_file(split)
@@ -141,8 +173,45 @@ class Captioning(Task):
 class NoCaps(Captioning):
     """Trains on COCO captions, predicts nocaps. Its validation pictures are scored where their captions are there."""
 
+    def score(self, columns: Columns, dataset: ImageTextDataset, split: str, final: bool) -> Scores:
+        """As of COCO; after a prediction also by domain (in-domain, near-domain, out-domain), where the file tells it.
+
+        A domain's pictures are scored among themselves: CIDEr takes its document frequencies from their references.
+        """
+        scores = super().score(columns, dataset, split, final)
+        if not final or scores.report is None:
+            return scores
+        predictions, references = _by_image(columns, dataset), self.references(split) or {}
+        by_domain = {}
+        for domain, images in sorted(self._domains(split).items()):
+            there = [image for image in images if image in predictions and image in references]
+            if there:
+                of_domain = caption_metrics(
+                    {image: predictions[image] for image in there},
+                    {image: references[image] for image in there},
+                    meteor=False,
+                    spice=False,
+                )
+                by_domain[domain] = {"images": len(there), **of_domain.scores}
+        lines = [
+            f"  {printable(name)}: {found['images']} pictures, CIDEr {found['CIDEr']:.4f}"
+            for name, found in by_domain.items()
+        ]
+        report = {**scores.report, "by_domain": by_domain} if by_domain else scores.report
+        return replace(scores, report=report, lines=[*scores.lines, *lines])
+
+    def _domains(self, split: str) -> dict[str, list[Any]]:
+        """Domain → its images, as the file of the captions tells it."""
+        (file,) = self.settings.reference_files(self.data.data_path, split)
+        domains: dict[str, list[Any]] = {}
+        for image in json.loads(file.read_text(encoding="utf-8-sig"))["images"]:
+            if isinstance(image.get("domain"), str):
+                domains.setdefault(image["domain"], []).append(image["id"])
+        return domains
+
     def _read_references(self, file: Path, split: str) -> References | None:
-        if not json.loads(file.read_text(encoding="utf-8-sig")).get("annotations"):
+        content = json.loads(file.read_text(encoding="utf-8-sig"))
+        if isinstance(content, dict) and not content.get("annotations"):
             return None
         return load_references(file)
 
@@ -161,10 +230,20 @@ def _as_submission(predictions: dict[int, str]) -> list[dict[str, Any]]:
     return [{"image_id": image, "caption": caption} for image, caption in predictions.items()]
 
 
+def _constant_caption(references: References) -> dict[str, Any]:
+    """What a captioner that never looks can reach: the one caption that scores best when said of every picture."""
+    candidates = (caption for captions in references.values() for caption in captions)
+    caption, cider = best_constant_caption(candidates, references, CANDIDATES)
+    return {"caption": caption, "CIDEr": cider}
+
+
 def _report_lines(report: dict[str, Any], scores: CaptionScores) -> list[str]:
     named = "  ".join(f"{name} {score:.4f}" for name, score in scores.scores.items())
     lines = [f"{report['images']} pictures: {named}"]
     if report["images_without_picture"]:
         lines.append(f"  {report['images_without_picture']} pictures of the split are not on disk and do not count")
     lines += [f"  {name} left out: {reason}" for name, reason in scores.left_out.items()]
+    if "constant_caption" in report:
+        constant = report["constant_caption"]
+        lines.append(f"  CIDEr {constant['CIDEr']:.4f} is reached by saying {constant['caption']!r} of every picture")
     return lines

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from beit3.data.image_text import ImageTextDataset
 from beit3.data.json_stream import stream_array
 from beit3.model.weights import Checkpoint, HeadRows
-from beit3.system.errors import InputError
+from beit3.system.errors import InputError, printable
 from tasks.base import Columns, Scores, Task
 from tasks.vqav2.answers import ANSWER_FILE, MIN_PEOPLE, answers_said, rows_by_text, vqa_accuracy
 from tasks.vqav2.dataset import VQAv2Dataset, read_answers
@@ -127,24 +127,55 @@ class VQAv2(Task):
         report = self._official_report(columns, dataset, split) if final else None
         return Scores(metrics, report, _report_lines(report) if report is not None else ())
 
-    def submission(self, columns: Columns, dataset: ImageTextDataset, split: str) -> list[dict[str, Any]]:
-        """One answer per question.
-
-        Raises:
-            InputError: a question has two answers, or, where the official question file is there, none.
-        """
-        questions, answers = self._question_ids(columns, dataset), self._answer_texts(columns)
-        counts = Counter(questions)
-        problems = [f"question {question} has {n} answers" for question, n in counts.items() if n > 1]
+    def check_rows(self, dataset: ImageTextDataset, split: str) -> list[str]:
+        """Questions that are asked twice, or, where the official question file is there, missing or not in it."""
+        counts = Counter(dataset.table["qid"][:].tolist())
+        problems = [
+            f"question {question} has {n} answers, one for each time it is in the index"
+            for question, n in counts.items()
+            if n > 1
+        ]
         file = self._official_file(f"v2_OpenEnded_mscoco_{OFFICIAL_SPLITS[split]}_questions.json")
         if file is not None and split != "val":  # validation is a part of the official file
-            asked = {question["question_id"] for question in stream_array(file, "questions")}
-            problems += [f"question {question} of {file} has no answer" for question in sorted(asked - counts.keys())]
+            try:
+                asked = {question["question_id"] for question in stream_array(file, "questions")}
+            except (KeyError, TypeError):
+                return [*problems, f"{file}: an element of `questions` has no `question_id`; download the file again"]
+            problems += [
+                f"question {q} of {file} has no answer, it is not in the index" for q in sorted(asked - counts.keys())
+            ]
             problems += [f"question {question} is not in {file}" for question in sorted(counts.keys() - asked)]
         if problems:
-            raise InputError(
-                [*problems, "are all test pictures on disk? Complete them and run make_dataset_index again"]
-            )
+            problems.append("are all pictures of the split on the disk? Complete them and make the index again")
+        return problems
+
+    def check_references(self, split: str, final: bool) -> list[str]:
+        """The official annotations, read through once: they score a prediction at its end."""
+        file = self._annotations(split) if final else None
+        if file is None:
+            return []
+        try:
+            for place, annotation in enumerate(stream_array(file, "annotations")):
+                wrong = _wrong_annotation(annotation)
+                if wrong is not None:
+                    return [f"{file}: annotations[{place}] {wrong}; is it the official file, as it was downloaded?"]
+        except InputError as error:
+            return error.problems
+        except OSError as error:
+            return [f"{file}: cannot be read ({error.strerror})"]
+        return []
+
+    def remark(self, split: str) -> str | None:
+        if split != "test-dev":
+            return None
+        return (
+            "--split test-dev answers the questions of test-dev alone; the VQA server refuses that in both of its "
+            "phases, because it wants all of test2015. For the server use --split test"
+        )
+
+    def submission(self, columns: Columns, dataset: ImageTextDataset, split: str) -> list[dict[str, Any]]:
+        """One answer for each row; that each question has just one is for `check_rows` to see."""
+        questions, answers = self._question_ids(columns, dataset), self._answer_texts(columns)
         return [{"question_id": q, "answer": answer} for q, answer in zip(questions, answers, strict=True)]
 
     def _soft_scores(self, columns: Columns, dataset: ImageTextDataset) -> list[float]:
@@ -164,7 +195,7 @@ class VQAv2(Task):
         Questions none of whose answers is in the vocabulary are not in the index; the official score counts them.
         None where the annotations are not there.
         """
-        file = self._official_file(f"v2_mscoco_{OFFICIAL_SPLITS[split]}_annotations.json")
+        file = self._annotations(split)
         if file is None:
             return None
         answers = dict(zip(self._question_ids(columns, dataset), self._answer_texts(columns), strict=True))
@@ -177,9 +208,28 @@ class VQAv2(Task):
         unindexed = {f"{name}_with_unindexed": accuracy[name] * share}
         return {"split": split, **accuracy, **unindexed}
 
+    def _annotations(self, split: str) -> Path | None:
+        return self._official_file(f"v2_mscoco_{OFFICIAL_SPLITS[split]}_annotations.json")
+
     def _official_file(self, name: str) -> Path | None:
         folder = self.data.data_path
         return next((path for path in (folder / "vqa" / name, folder / name) if path.is_file()), None)
+
+
+def _wrong_annotation(annotation: Any) -> str | None:
+    """What the official accuracy could not work with in an element of `annotations`."""
+    if not isinstance(annotation, dict):
+        return "is no object"
+    for name in ("question_id", "image_id"):
+        if type(annotation.get(name)) is not int:
+            return f"has no whole number as `{name}`"
+    for name in ("answer_type", "question_type"):
+        if not isinstance(annotation.get(name), str):
+            return f"has no text as `{name}`"
+    given = annotation.get("answers")
+    if not isinstance(given, list) or not all(isinstance(a, dict) and isinstance(a.get("answer"), str) for a in given):
+        return "has no list of answers, each with its `answer`, as `answers`"
+    return None
 
 
 def soft_answer_loss(logits: Tensor, targets: Tensor) -> Tensor:
@@ -238,5 +288,5 @@ def _report_lines(report: Mapping[str, Any]) -> list[str]:
     for part in ("answer_type", "question_type"):
         lines.append(f"  by {part.replace('_', ' ')}:")
         ranked = sorted(report[f"by_{part}"].items(), key=lambda item: -item[1])
-        lines += [f"    {name:<28} {accuracy:6.2f}" for name, accuracy in ranked]
+        lines += [f"    {printable(name):<28} {accuracy:6.2f}" for name, accuracy in ranked]
     return lines

@@ -15,11 +15,10 @@ from tasks.captioning.scores.scores import ImageId
 
 LONGEST = 4  # CIDEr compares n-grams of 1 to 4 words
 SIGMA = 6.0  # standard deviation of its penalty for another length, in words
-CANDIDATES = 2000
 
 
 def best_constant_caption(
-    candidates: Iterable[str], references: Mapping[ImageId, Sequence[str]], limit: int | None = CANDIDATES
+    candidates: Iterable[str], references: Mapping[ImageId, Sequence[str]], limit: int | None = None
 ) -> tuple[str, float]:
     """The candidate with the best CIDEr as the prediction for every image, and that CIDEr (0 to 10).
 

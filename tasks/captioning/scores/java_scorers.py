@@ -8,6 +8,7 @@ stopped halfway, the one for SPICE downloads its models.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import tempfile
@@ -34,13 +35,20 @@ def meteor_scores(
     predictions: a tokenized caption per image; references: the tokenized captions of the same image, at least one.
     Raises LeftOut where there is no Java, and when the program fails or takes more than `timeout` seconds.
     """
-    command = [_java(), "-Xmx2G", "-jar", "meteor-1.5.jar", *"- - -stdio -l en -norm".split()]
+    options = "-stdio -l en -norm".split()
+    command = [_java(), "-Dfile.encoding=UTF-8", "-Xmx2G", "-jar", "meteor-1.5.jar", "-", "-", *options]
     folder = _pycocoevalcap() / "meteor"
     started = time.monotonic()
     with tempfile.TemporaryFile() as complaints:
         try:
             with subprocess.Popen(
-                command, cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=complaints, encoding="utf-8"
+                command,
+                cwd=folder,
+                env=_environment(),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=complaints,
+                encoding="utf-8",
             ) as process:
                 # Killing a program that hangs ends its output, at which the dialogue fails.
                 watchdog = threading.Timer(timeout, process.kill)
@@ -82,7 +90,7 @@ def spice_scores(
 
     Arguments and errors as for `meteor_scores`; also LeftOut while the models are not on the disk.
     """
-    command = [_java(), "-jar", "-Xmx8G", "spice-1.0.jar"]
+    command = [_java(), "-Dfile.encoding=UTF-8", "-Xmx8G", "-jar", "spice-1.0.jar"]
     folder = _pycocoevalcap() / "spice"
     missing = [name for name in SPICE_MODELS if not (folder / "lib" / name).is_file()]
     if missing:
@@ -97,7 +105,7 @@ def spice_scores(
         command += [str(asked), "-out", str(answered), "-subset", "-silent"]
         try:
             subprocess.run(
-                command, cwd=folder, stdin=subprocess.DEVNULL, stdout=complaints, stderr=complaints,
+                command, cwd=folder, env=_environment(), stdin=subprocess.DEVNULL, stdout=complaints, stderr=complaints,
                 timeout=timeout, check=True,
             )  # fmt: skip
             scores = _read_spice(json.loads(answered.read_text(encoding="utf-8")), len(captions))
@@ -112,6 +120,12 @@ def _read_spice(results: list[dict[str, Any]], count: int) -> list[float]:
     """The F-scores, by row. None, which SPICE writes where a score is undefined, becomes NaN as in pycocoevalcap."""
     by_row = {result["image_id"]: result["scores"]["All"]["f"] for result in results}
     return [float("nan" if by_row[row] is None else by_row[row]) for row in range(count)]
+
+
+def _environment() -> dict[str, str]:
+    """Without the settings that somebody made for Java programs in general, such as too little memory."""
+    general = ("JAVA_TOOL_OPTIONS", "_JAVA_OPTIONS", "JDK_JAVA_OPTIONS", "CLASSPATH")
+    return {name: value for name, value in os.environ.items() if name not in general}
 
 
 def _java() -> str:

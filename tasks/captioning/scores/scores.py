@@ -38,10 +38,6 @@ class CaptionScores:
     per_image: dict[ImageId, dict[str, float]]
     left_out: dict[str, str] = field(default_factory=dict)
 
-    def left_out_line(self) -> str:
-        """One line for people, "" when nothing was left out."""
-        return "; ".join(f"{name} left out: {reason}" for name, reason in self.left_out.items())
-
     def as_json(self) -> dict[str, Any]:
         """For a result file: the scores at the top level, then `left_out` and `per_image`, a list with `image_id`.
 
