@@ -39,6 +39,8 @@ def build_task(settings: Settings) -> Task:
     """The task, with what the checkpoint to predict with says of its head."""
     tokenizer = None if settings.tokenizer is None else Tokenizer(settings.tokenizer)
     task = make_task(settings.task, settings.data, tokenizer)
+    for remark in settings.remarks:
+        logger.warning("%s", remark)
     if tokenizer is not None and settings.data.sentencepiece_model is None:
         held_by = settings.model.finetune or settings.run.resume
         logger.info("tokenizer: the one that %s holds, SHA-256 %s", held_by, tokenizer.sha256[:12])

@@ -109,6 +109,7 @@ class _Reader:
 
     def __init__(self, argv: Sequence[str]) -> None:
         self.problems: list[str] = []
+        self.tokenizer: tuple[str, str] | None = None  # its name for people and its SHA-256
         parser = Parser()
         parser.add_argument("--task", dest="task", nargs="*")
         for flags in [*map(flags_of, CONCERNS.values()), *_own_flags().values()]:
@@ -149,6 +150,7 @@ class _Reader:
         )
         readable = own.keys() | {name for concern in read.values() for name in concern}
         settings = replace(settings, tokenizer=self._tokenizer(settings))
+        settings = self._look_at_index(settings)
         self.problems += self._model_problems(settings) + _problems(settings)
         self.problems = _without_followers(self.problems, {f"--{name}" for name in self.given.keys() - readable})
         if self.problems:
@@ -276,6 +278,7 @@ class _Reader:
         except InputError as error:
             self.problems += error.problems
             return None
+        self.tokenizer = (str(tokenizer.path), tokenizer.sha256)
         if tokenizer.vocab_size > settings.model.vocab_size:
             self.problems.append(
                 f"the tokenizer {tokenizer.path} makes ids up to {tokenizer.vocab_size - 1}, the model has "
@@ -284,6 +287,22 @@ class _Reader:
         if checkpoint is not None:
             self.problems += other_tokenizer(checkpoint.path, checkpoint.description, tokenizer, held=file is None)
         return source
+
+    def _look_at_index(self, settings: Settings) -> Settings:
+        """Refuse an index that was made with another tokenizer; the rest is told when the run begins."""
+        data, training = settings.data, not settings.run.eval
+        if not data.data_path.is_dir() or settings.task.problems(data, training):
+            return settings  # the files that are missing are what matters
+        remarks: list[str] = []
+        for fit in settings.task.index_fit(data, training, self.tokenizer):
+            self.problems += [f"{problem}. Make the index again with yours" for problem in fit.tokenizer]
+            remarks += fit.told
+            if fit.stale:
+                remarks.append(
+                    f"the index is out of date: {'; '.join(fit.stale)}. To make it again: "
+                    f"python3 -m tasks.make_index {settings.task.name} {data.data_path} SPM"
+                )
+        return replace(settings, remarks=tuple(remarks))
 
     def _named(self, settings: Settings, name: str) -> str:
         """The flag, or the checkpoint where it was the one that said the value."""

@@ -182,6 +182,7 @@ class Settings:
         tokenizer: the tokenizer's file or its content; None for a task without text.
         checkpoint: what the checkpoint to predict with says of itself; None in training.
         ignored: flags that were given and do nothing, each with the reason.
+        remarks: what is worth knowing of the data before a run begins.
         assumed: what nobody said and was concluded, in sentences.
     """
 
@@ -194,6 +195,7 @@ class Settings:
     tokenizer: Path | bytes | None = None
     checkpoint: About | None = None
     ignored: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
     assumed: tuple[str, ...] = ()
 
     @property

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from beit3.data.index_description import Fit
 from beit3.system.flags import flag
 
 CROP_SCALE = (0.5, 1.0)  # share of a picture's area that the published recipes keep
@@ -103,9 +104,13 @@ class TaskSettings:
         """What is wrong with the flags together, and files that are missing, each with how to get it."""
         raise NotImplementedError
 
+    def index_fit(self, data: DataSettings, training: bool, tokenizer: tuple[str, str] | None) -> list[Fit]:
+        """How the index files fit what is there now. tokenizer: its name for people and its SHA-256."""
+        return []
+
     @classmethod
     def make_index(cls, data_path: Path, tokenizer: str, image_path: Path | None = None) -> None:
-        """Make the index files in `data_path` from the official annotations, unless they are there.
+        """Make the index files in `data_path` from the official annotations, unless they are there and fit.
 
         image_path: holds the pictures; None: `data_path` does.
         """

@@ -11,12 +11,14 @@ from safetensors.torch import load_file
 
 import modeling_finetune  # noqa: F401  registers the models
 import run_beit3_finetuning as run
+from beit3.data.tokenizer import Tokenizer
 from beit3.model.weights import Checkpoint, HeadRows, load_weights, read_checkpoint, write_weights
 from beit3.system.errors import InputError
 from datasets import VQAv2Dataset
 from engine_for_finetuning import evaluate
 from runs.command_line import read_settings
 from tasks.base import make_task
+from tasks.captioning.settings import CaptioningSettings
 from tasks.settings import DataSettings
 from tasks.vqav2.answers import answer_lines, answers_said, is_exact, rows_by_text, vqa_accuracy
 from tasks.vqav2.settings import VQAv2Settings
@@ -24,6 +26,7 @@ from tasks.vqav2.task import _report_lines
 from tests import reference
 from utils import Process
 
+SPM = reference.MINI_COCO / "mini.spm"
 OLD, NEW = ["yes", "no", "red", "two"], ["red", "blue", "yes"]
 
 
@@ -145,6 +148,16 @@ def test_scores_compare_texts_not_numbers(tmp_path, caplog):
     predicted = {"row": torch.arange(3), "label": torch.tensor([0, 2, 1])}  # yes, red, no
     assert task.score(predicted, dataset, "val", final=False).metrics["score"] == pytest.approx(100 * (1 + 0.3 + 0) / 3)
     assert [entry["answer"] for entry in task.submission(predicted, dataset, "val")] == ["yes", "red", "no"]
+
+
+def test_a_caption_found_among_nan_is_marked_as_broken(coco):
+    """The search goes on with NaN as with any number, and comes out with words."""
+    task = make_task(CaptioningSettings(), DataSettings(data_path=coco, num_max_bpe_tokens=8), Tokenizer(SPM))
+    model = reference.build("beit3_tiny_patch16_64_captioning", vocab_size=100)
+    pictures = torch.zeros(2, 3, 64, 64)
+    pictures[1, 0, 0, 0] = torch.nan
+    columns = task.predict_step(model, {"image": pictures})
+    assert columns["finite"].tolist() == [True, False] and len(columns["caption"]) == 2
 
 
 @pytest.fixture(scope="module")

@@ -175,12 +175,14 @@ class Pictures:
     """The pictures in the folders below `root`, links followed wherever they lead.
 
     Each folder is listed once: asking for every file is slow on network disks. A link that leads nowhere is no
-    picture. `problems`: what is wrong with folders that were asked for.
+    picture. `problems`: what is wrong with folders that were asked for. `missing`: folder → how many pictures `find`
+    did not find in it.
     """
 
     def __init__(self, root: Path):
         self.root = root
         self.problems: list[str] = []
+        self.missing: Counter[str] = Counter()
         self._names: dict[str, set[str]] = {}  # by folder
         self._by_stem: dict[str, dict[str, list[str]]] = {}  # folder → name without ending → names
         self._used: set[str] = set()  # folders of which a picture was wanted and found
@@ -220,6 +222,7 @@ class Pictures:
                 what = f"{self.root / folder}: {names[0]!r} and {names[1]!r} are both there in place of {name!r}"
                 self.problems.append(f"{what}; remove one")
             if len(names) != 1:
+                self.missing[folder] += 1
                 return None
             name = names[0]
         self._used.add(folder)

@@ -14,6 +14,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+from beit3.data.index_description import describe_index, tokenizer_hash
 from beit3.data.index_writing import (
     Findings,
     Pictures,
@@ -41,12 +42,18 @@ KARPATHY_COUNTS = {"train": 113287, "val": 5000, "test": 5000}  # images in it, 
 NOCAPS_FILES = {"val": "nocaps_val_4500_captions.json", "test": "nocaps_test_image_info.json"}
 NOCAPS_IMAGE = {"id": wrong_id, "file_name": wrong_path}  # what is wrong with the fields of an image
 
+VERSION = 1  # of the makers; raise it with every change of what is written
+
 CAPTION = itemgetter(2)  # of a _Row
 
 
 def index_file(source: str, split: str) -> str:
     """source: `COCO` or `NOCAPS`."""
     return f"{source}.{split}.jsonl"
+
+
+def description_file(source: str) -> str:
+    return f"{source}.index.json"
 
 
 def ground_truth_file(split: str) -> str:
@@ -81,7 +88,7 @@ def make_coco_captioning_index(
     names = [index_file(COCO, split) for split in COCO_SPLITS] + [ground_truth_file(split) for split in truths]
     with (
         progress_bar("COCO captioning index", [source], progress) as bar,
-        atomic_writes([data / name for name in names]) as files,
+        atomic_writes([data / name for name in (*names, description_file(COCO))]) as (*files, description),
     ):
         file_of = dict(zip(names, files, strict=True))
         images = _noted(karpathy_images(source, findings, bar.update), truths)
@@ -92,6 +99,9 @@ def make_coco_captioning_index(
         _raise_findings(findings, pictures, dict.fromkeys(counts, source), counts)
         for split, truth in truths.items():
             file_of[ground_truth_file(split)].write(json.dumps(as_coco(truth, split), ensure_ascii=False))
+        folders = _folders(pictures)
+        described = describe_index(data, VERSION, file_of, [source], folders, tokenizer_sha256=tokenizer_hash(encode))
+        description.write(described)
     print_summary(f"{COCO} index written to {data}", _summary_lines(COCO, counts), tokens)
 
 
@@ -112,8 +122,12 @@ def make_nocaps_index(
         raise InputError(problems)
     findings = Findings()
     counts = {split: Count() for split in sources}
-    targets = [data / index_file(NOCAPS, split) for split in sources]
-    with progress_bar("nocaps index", sources.values(), progress) as bar, atomic_writes(targets) as files:
+    names = [index_file(NOCAPS, split) for split in sources]
+    targets = [data / name for name in (*names, description_file(NOCAPS))]
+    with (
+        progress_bar("nocaps index", sources.values(), progress) as bar,
+        atomic_writes(targets) as (*files, description),
+    ):
         for file, (split, source) in zip(files, sources.items(), strict=True):
             for image_id, path, place in _nocaps_images(source, split, findings, bar.update):
                 if (found := pictures.find(path)) is None:
@@ -125,7 +139,14 @@ def make_nocaps_index(
                     counts[split].images += 1
                     file.write(line)
         _raise_findings(findings, pictures, sources, counts)
+        file_of = dict(zip(names, files, strict=True))
+        description.write(describe_index(data, VERSION, file_of, sources.values(), _folders(pictures)))
     print_summary(f"{NOCAPS} index written to {data}", _summary_lines(NOCAPS, counts))
+
+
+def _folders(pictures: Pictures) -> dict[str, tuple[Path, int]]:
+    """Folder → its path, and how many of the pictures wanted were not in it."""
+    return {folder: (pictures.root / folder, count) for folder, count in pictures.missing.items()}
 
 
 @dataclass

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from beit3.data.index_description import Fit, hash_of_file, look, make_unless_it_fits
 from beit3.system.flags import flag
 from tasks.captioning.index import (
     COCO,
@@ -14,6 +15,8 @@ from tasks.captioning.index import (
     KARPATHY_FILE,
     NOCAPS,
     NOCAPS_FILES,
+    VERSION,
+    description_file,
     ground_truth_file,
     index_file,
     make_coco_captioning_index,
@@ -84,10 +87,23 @@ class CaptioningSettings(TaskSettings):
         """Where the captions people wrote may be, the better first."""
         return [folder / ground_truth_file(split), folder / KARPATHY_FILE]
 
+    def index_fit(self, data: DataSettings, training: bool, tokenizer: tuple[str, str] | None) -> list[Fit]:
+        """Only the rows of training hold texts."""
+        folder, sources = data.data_path, {self.source: None, **({COCO: tokenizer} if training else {})}
+        return [
+            look(folder, description_file(source), VERSION, data.image_path, asked) for source, asked in sources.items()
+        ]
+
     @classmethod
     def make_index(cls, data_path: Path, tokenizer: str, image_path: Path | None = None) -> None:
-        if not all((data_path / index_file(COCO, split)).is_file() for split in COCO_SPLITS):
-            make_coco_captioning_index(data_path, tokenizer, image_path=image_path)
+        asked = hash_of_file(tokenizer)
+        make_unless_it_fits(
+            data_path,
+            [index_file(COCO, split) for split in COCO_SPLITS],
+            lambda: look(data_path, description_file(COCO), VERSION, image_path, asked, thorough=True),
+            lambda: make_coco_captioning_index(data_path, tokenizer, image_path=image_path),
+            [data_path / KARPATHY_FILE],
+        )
 
 
 @dataclass(frozen=True)
@@ -102,5 +118,10 @@ class NoCapsSettings(CaptioningSettings):
     @classmethod
     def make_index(cls, data_path: Path, tokenizer: str, image_path: Path | None = None) -> None:
         super().make_index(data_path, tokenizer, image_path)
-        if not all((data_path / index_file(NOCAPS, split)).is_file() for split in NOCAPS_FILES):
-            make_nocaps_index(data_path, image_path=image_path)
+        make_unless_it_fits(
+            data_path,
+            [index_file(NOCAPS, split) for split in NOCAPS_FILES],
+            lambda: look(data_path, description_file(NOCAPS), VERSION, image_path, thorough=True),
+            lambda: make_nocaps_index(data_path, image_path=image_path),
+            [data_path / name for name in NOCAPS_FILES.values()],
+        )

@@ -13,15 +13,16 @@ import json
 import os
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
+from beit3.data.index_description import describe_index, tokenizer_hash
 from beit3.data.index_writing import (
     MAX_ID,
     Findings,
@@ -47,6 +48,8 @@ from beit3.system.errors import InputError
 from tasks.vqav2.answers import ANSWER_FILE, MIN_ANSWER_COUNT, answer_lines, build_answer_vocabulary, vote_score
 
 NUM_REST_VAL_IMAGES = 1000  # validation images whose questions are kept for validating; the rest is for training
+DESCRIPTION = "vqa.index.json"
+VERSION = 1  # of the maker; raise it with every change of what is written
 ANSWER = itemgetter("answer")
 TEXT = itemgetter(2)  # of a Question
 LINE = itemgetter(1)  # of a pair (image id, line of the index)
@@ -103,6 +106,12 @@ def index_file(name: str) -> str:
     return f"vqa.{name}.jsonl"
 
 
+def official_files(folder: Path) -> list[Path]:
+    """The six files that an index is made from."""
+    questions = [folder / split.questions for split in OFFICIAL_FILES]
+    return questions + [folder / split.annotations for split in OFFICIAL_FILES if split.annotated]
+
+
 @contextmanager
 def without_garbage_collection() -> Iterator[None]:
     """Nothing made here refers to itself, and looking for what does would take a third of the time."""
@@ -130,8 +139,7 @@ def make_vqa_index(
     """
     data, official = Path(data_path), Path(annotation_data_path)
     pictures = Pictures(data if image_path is None else Path(image_path))
-    questions = [official / split.questions for split in OFFICIAL_FILES]
-    files = questions + [official / split.annotations for split in OFFICIAL_FILES if split.annotated]
+    files = official_files(official)
     source = "unpack it from https://visualqa.org/download.html (VQA v2) into annotation_data_path"
     problems = missing_inputs([data, official, pictures.root], dict.fromkeys(files, source), data)
     folders = dict.fromkeys(split.folder for split in OFFICIAL_FILES)
@@ -151,7 +159,16 @@ def make_vqa_index(
             split: SplitBuilder(split, official, picture_of[split.folder], labels.get(split), encode, findings, tokens)
             for split in OFFICIAL_FILES
         }
-        rest_val = _write_files(data, builders, answers, seed, findings, bar.update)
+        missing: dict[str, set[int]] = {}
+
+        def describe(written: Mapping[str, IO[str]]) -> str:
+            for split, builder in builders.items():
+                missing.setdefault(split.folder, set()).update(builder.missing_pictures)
+            folders = {name: (pictures.root / name, len(ids)) for name, ids in missing.items()}
+            hashed = tokenizer_hash(encode)
+            return describe_index(data, VERSION, written, files, folders, tokenizer_sha256=hashed, seed=seed)
+
+        rest_val = _write_files(data, builders, answers, seed, findings, bar.update, describe)
     head = f"VQAv2 index written to {data}: {len(answers)} answers in {ANSWER_FILE}"
     print_summary(head, _summary_lines(builders, rest_val, answers), tokens)
 
@@ -163,10 +180,15 @@ def _write_files(
     seed: int,
     findings: Findings,
     on_characters: OnCharacters,
+    describe: Callable[[Mapping[str, IO[str]]], str],
 ) -> tuple[int, int]:
-    """Write all index files, or none; returns how many questions and pictures `rest_val` has."""
-    names = {name: data / index_file(name) for name in INDEX_NAMES} | {"answers": data / ANSWER_FILE}
-    with atomic_writes(list(names.values())) as files:
+    """Write all index files and what describes them, or none; returns how many questions and pictures `rest_val` has.
+
+    describe: makes the description of the files that are written, name → file.
+    """
+    names = {name: index_file(name) for name in INDEX_NAMES} | {"answers": ANSWER_FILE}
+    targets = [data / name for name in (*names.values(), DESCRIPTION)]
+    with atomic_writes(targets) as (*files, description):
         file_of = dict(zip(names, files, strict=True))
         file_of["answers"].writelines(answer_lines(answers))
         for split in (TRAIN, TEST, TEST_DEV):
@@ -177,6 +199,7 @@ def _write_files(
         file_of["rest_val"].writelines(line for image, line in val if image in rest_val)
         file_of["trainable_val"].writelines(line for image, line in val if image not in rest_val)
         findings.raise_any()
+        description.write(describe(dict(zip(names.values(), files, strict=True))))
     return sum(image in rest_val for image, _ in val), len(rest_val)
 
 

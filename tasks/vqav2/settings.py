@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+from beit3.data.index_description import Fit, hash_of_file, look, make_unless_it_fits, said_of
 from beit3.system.flags import flag
 from tasks.settings import DataSettings, TaskSettings, missing_index
 from tasks.vqav2.answers import ANSWER_FILE
-from tasks.vqav2.index import index_file, make_vqa_index
+from tasks.vqav2.index import DESCRIPTION, VERSION, index_file, make_vqa_index, official_files
 
 # Split → the index files that it is made of.
 SPLIT_FILES = {
@@ -55,10 +56,18 @@ class VQAv2Settings(TaskSettings):
         )
         return missing_index(data, missing, [maker])
 
+    def index_fit(self, data: DataSettings, training: bool, tokenizer: tuple[str, str] | None) -> list[Fit]:
+        return [look(data.data_path, DESCRIPTION, VERSION, data.image_path, tokenizer)]
+
     @classmethod
     def make_index(cls, data_path: Path, tokenizer: str, image_path: Path | None = None) -> None:
         names = [index_file(name) for files in SPLIT_FILES.values() for name in files]
-        if all((data_path / name).is_file() for name in (*names, ANSWER_FILE)):
-            return
         annotations = data_path / "vqa" if (data_path / "vqa").is_dir() else data_path
-        make_vqa_index(data_path, tokenizer, annotations, image_path=image_path)
+        seed = said_of(data_path, DESCRIPTION, "seed", 0)  # another one would choose other pictures for validation
+        make_unless_it_fits(
+            data_path,
+            [*names, ANSWER_FILE],
+            lambda: look(data_path, DESCRIPTION, VERSION, image_path, hash_of_file(tokenizer), thorough=True),
+            lambda: make_vqa_index(data_path, tokenizer, annotations, seed, image_path=image_path),
+            official_files(annotations),
+        )
