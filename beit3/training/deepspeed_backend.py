@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import io
 import json
 import logging
@@ -222,8 +223,8 @@ def _without_cpu_op() -> Iterator[None]:
 
     The op adds up tensors in inference over several processes, which no training asks for; so it is not built.
     """
-    from deepspeed.comm import torch as communication
-
+    # By its name: as an attribute of `deepspeed.comm`, `torch` is PyTorch.
+    communication: Any = importlib.import_module("deepspeed.comm.torch")
     build = getattr(communication, "build_shm_op", None)
     if build is None:  # releases that have no such op
         yield
