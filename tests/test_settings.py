@@ -462,7 +462,8 @@ def test_a_run_goes_on_with_the_same_flags_and_with_others_that_decide_nothing(c
     shutil.copytree(coco, moved)
     # Another way to the same steps; of the others any value will do.
     same = {
-        "batch_size": ["--batch_size", "8"], "update_freq": ["--update_freq", "2"], "precision": ["--precision", "fp32"],
+        "batch_size": ["--batch_size", "8"], "update_freq": ["--update_freq", "2"],
+        "precision": ["--precision", "fp32"],
         "data_path": ["--data_path", str(moved)], "image_path": ["--image_path", str(coco)],
         "sentencepiece_model": ["--sentencepiece_model", str(moved / "mini.spm")],
         "output_dir": ["--output_dir", str(tmp_path / "elsewhere")], "log_dir": ["--log_dir", str(tmp_path / "log")],
