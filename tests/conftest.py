@@ -8,10 +8,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
+SLOW_TIMEOUT = 1800  # seconds after which a slow test that hangs is ended
+
 
 def pytest_collection_modifyitems(items):
     # The longest file first, so that no process is left alone with it at the end.
     items.sort(key=lambda item: item.path.name != "test_scripts.py")
+    for item in items:
+        if "slow" in item.keywords and "timeout" not in item.keywords:
+            item.add_marker(pytest.mark.timeout(SLOW_TIMEOUT))
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:

@@ -358,6 +358,27 @@ def test_the_entry_point_is_short():
     assert len(FILES["run_beit3_finetuning.py"].splitlines()) <= LONGEST_ENTRY
 
 
+def test_a_test_that_hangs_is_ended(tmp_path, request):
+    """In the middle of a pattern too, which comes back to Python only when it is done."""
+    assert float(request.config.getini("timeout")) > 0
+    (tmp_path / "test_hangs.py").write_text("import re\ndef test():\n    re.match(r'(a+)+$', 'a' * 60 + 'b')\n")
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-c",
+        "/dev/null",
+        "--rootdir",
+        tmp_path,
+        "-o",
+        "timeout=1",
+        tmp_path,
+    ]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 1 and "Timeout" in done.stdout
+
+
 def test_no_room_holds_more_than_a_third_of_the_product():
     room, share = share_of_the_largest_room(FILES)
     assert share <= 1 / 3, room

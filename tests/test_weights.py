@@ -836,6 +836,7 @@ def test_a_folder_that_gives_no_weights_is_refused_saying_what_is_there(tmp_path
     assert len(str(caught.value)) < 400
 
 
+@pytest.mark.timeout(120)  # opening a pipe that nobody writes to would wait for ever
 @pytest.mark.parametrize("name", ["nothing.pth", "x" * 300, "a\0b", "pipe", "loop", "file.pth/inside"])
 def test_a_path_that_is_no_file_is_refused_by_name(tmp_path, name):
     os.mkfifo(tmp_path / "pipe")
