@@ -47,7 +47,6 @@ def train(settings: Settings, process: utils.Process, stop: utils.StopSignal) ->
         utils.StopRequested: after a checkpoint was written from which the same command goes on.
     """
     from beit3.system.machine import free_memory
-    from beit3.training.ema import ModelEma
     from engine_for_finetuning import EpochState, TrainingRun
     from runs import assembly, log, state
     from utils import StopRequested
@@ -73,9 +72,7 @@ def train(settings: Settings, process: utils.Process, stop: utils.StopSignal) ->
     model = model.to(process.device)
     del checkpoint  # its memory is not needed any more
     backend = assembly.build_backend(settings, model, process)
-    ema = None
-    if settings.model.model_ema:
-        ema = ModelEma(backend.full_parameters(), settings.model.model_ema_decay, settings.model.model_ema_force_cpu)
+    ema = assembly.build_average(settings, backend)
     if not settings.model.finetune and resume_from is None:
         log.logger.info("no --finetune: training starts from fresh weights")
 
@@ -144,10 +141,7 @@ def one_epoch(
 
 
 def predict(settings: Settings, process: utils.Process, stop: utils.StopSignal) -> int:
-    """Answer a split with a checkpoint; write the submission, and the scores where the right answers are known.
-
-    Returns:
-        The exit status: 1 where what was computed is written but not as it should be, which is told.
+    """Answer a split with a checkpoint, write the submission and, where they can be known, scores; the exit status.
 
     Raises:
         InputError: before the first batch, for whatever can be known by then.
@@ -174,14 +168,8 @@ def predict(settings: Settings, process: utils.Process, stop: utils.StopSignal) 
     )
     if columns is None:  # not the first process
         return 0
-    answered = len(columns["row"])
-    problems = [] if answered == len(dataset) else [f"{answered} predictions for {len(dataset)} examples"]
-    rows = assembly.problems_of_rows(task, dataset, split)
-    well = log.write_results(folder, task, columns, dataset, split, problems or rows)
-    remark = task.remark(split)
-    if remark is not None:
-        log.logger.warning("%s", remark)
-    return 0 if well else 1
+    problems = assembly.problems_of_rows(task, dataset, split)
+    return log.finish_prediction(folder, task, columns, dataset, split, problems)
 
 
 if __name__ == "__main__":

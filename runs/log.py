@@ -127,6 +127,24 @@ def _read_log(path: Path) -> tuple[list[tuple[int, str]], str | None]:
     return lines, damage
 
 
+def finish_prediction(
+    folder: Path, task: Task, columns: Columns, dataset: ImageTextDataset, split: str, problems: list[str]
+) -> int:
+    """The results, see `write_results`, and what is to be said of them.
+
+    Returns:
+        The exit status: 1 where what was computed is written but not as it should be, which is told.
+    """
+    answered = len(columns["row"])
+    if answered != len(dataset):
+        problems = [f"{answered} predictions for {len(dataset)} examples"]
+    well = write_results(folder, task, columns, dataset, split, problems)
+    remark = task.remark(split)
+    if remark is not None:
+        logger.warning("%s", remark)
+    return 0 if well else 1
+
+
 def write_results(
     folder: Path, task: Task, columns: Columns, dataset: ImageTextDataset, split: str, problems: list[str]
 ) -> bool:
