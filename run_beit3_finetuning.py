@@ -49,7 +49,6 @@ def train(settings: Settings, process: utils.Process, stop: utils.StopSignal) ->
         utils.StopRequested: after a checkpoint was written from which the same command goes on.
     """
     from beit3.system.machine import free_memory
-    from beit3.training.ema import ModelEma
     from engine_for_finetuning import EpochState, TrainingRun
     from runs import assembly, log, state
     from utils import StopRequested
@@ -74,9 +73,7 @@ def train(settings: Settings, process: utils.Process, stop: utils.StopSignal) ->
     model = model.to(process.device)
     del checkpoint  # its memory is not needed any more
     backend = assembly.build_backend(settings, model, process)
-    ema = None
-    if settings.model.model_ema:
-        ema = ModelEma(backend.full_parameters(), settings.model.model_ema_decay, settings.model.model_ema_force_cpu)
+    ema = assembly.build_average(settings, backend)
     if not settings.model.finetune and resume_from is None:
         log.logger.info("no --finetune: training starts from fresh weights")
 
@@ -145,10 +142,11 @@ def one_epoch(
 
 
 def predict(settings: Settings, process: utils.Process, stop: utils.StopSignal) -> int:
-    """Answer a split with a checkpoint; write the submission, and the scores where the right answers are known.
+    """Answer a split with a checkpoint, write the submission and, where they can be known, scores; the exit status.
 
-    Returns the exit status: 1 where what was computed is written but not as it should be. Raises InputError before the
-    first batch for whatever can be known by then, and utils.StopRequested, with nothing written.
+    Raises:
+        InputError: before the first batch, for whatever can be known by then.
+        utils.StopRequested: nothing was written.
     """
     from engine_for_finetuning import evaluate
     from runs import assembly, log

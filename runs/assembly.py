@@ -23,6 +23,7 @@ from beit3.model.description import FORMAT
 from beit3.model.weights import Checkpoint, load_weights, read_checkpoint
 from beit3.system.errors import InputError
 from beit3.training.backends import DTYPES, Backend, BackendSettings, PlainBackend, choose_precision
+from beit3.training.ema import ModelEma
 from beit3.training.memory_estimate import GIGABYTE, training_demand
 from modeling_finetune import BEiT3Model
 from optim_factory import cosine_schedule, create_optimizer, parameter_groups
@@ -225,6 +226,14 @@ def build_backend(settings: Settings, model: BEiT3Model, process: utils.Process)
 
         return DeepSpeedBackend(model, optimizer, how)
     return PlainBackend(model, optimizer, how)
+
+
+def build_average(settings: Settings, backend: Backend) -> ModelEma | None:
+    """The average of the weights, where one is asked for."""
+    model = settings.model
+    if not model.model_ema:
+        return None
+    return ModelEma(backend.full_parameters(), model.model_ema_decay, model.model_ema_force_cpu)
 
 
 def make_schedule(settings: Settings, steps_per_epoch: int) -> list[float]:
