@@ -2,9 +2,9 @@
 
     python3 scripts/install.py requirements.txt
 
-Versions are those of constraints.txt, or the newest that the ranges allow with LATEST=1. A .venv that is whole is left as
-it is. One that an earlier install left half done is emptied and made again, since nobody can tell which of its files are
-whole; what was downloaded is in the installer's cache and not fetched twice.
+Versions are those of constraints.txt, or the newest that the ranges allow with LATEST=1. A .venv that is whole is left
+as it is. One that an earlier install left half done is emptied and made again, since nobody can tell which of its files
+are whole; what was downloaded is in the installer's cache and not fetched twice.
 """
 
 import ast
@@ -88,7 +88,7 @@ def is_whole(requirements: Path) -> bool:
 
 @contextlib.contextmanager
 def lock():
-    """One install at a time. The system lets go of the lock when the last process that holds it ends, however that is."""
+    """One install at a time. The system frees the lock when the last process that holds it ends, however it ends."""
     try:
         import fcntl
     except ImportError:  # a system without such locks
@@ -112,10 +112,14 @@ def run(command: list, held: int | None, environment: dict | None = None) -> boo
     """
     began, next_line = time.monotonic(), 15.0
     with LOG.open("a", encoding="utf-8") as log:
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment,
-            pass_fds=[] if held is None else [held],
-        )  # fmt: skip
+        try:
+            process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment,
+                pass_fds=[] if held is None else [held],
+            )  # fmt: skip
+        except OSError as problem:  # a program that is not made for this machine
+            log.write(f"{problem}\n")
+            return False
         while True:
             try:
                 return process.wait(timeout=1) == 0
@@ -176,7 +180,7 @@ def prepare(requirements: Path, held: int | None) -> None:
     for old in VENV.glob("installed.*"):
         old.unlink()
     LOG.write_text("")
-    if PYTHON.exists() and run([PYTHON, "-m", "pip", "--version"], held):
+    if PYTHON.exists() and run([PYTHON, "-c", "import pip"], held):
         return
     # The Python of a .venv that is being made again cannot make it; the one that made that one can.
     inside = Path(sys.prefix).resolve() == VENV.resolve()
@@ -252,10 +256,7 @@ def finish(requirements: Path) -> None:
 
 def make_whole(requirements: Path, held: int | None) -> None:
     began = time.monotonic()
-    say(
-        f"setting up .venv, Python {sys.version.split()[0]}: two minutes, or as long as 3 GB take to load; "
-        "6 GB of disk …"
-    )
+    say(f"setting up .venv, Python {sys.version.split()[0]}: 3 GB to load, 6 GB of disk, two minutes on a fast line …")
     prepare(requirements, held)
     install(requirements, held)
     if file := damaged_file():
