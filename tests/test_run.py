@@ -342,7 +342,7 @@ def test_every_mistake_is_told_at_once_and_before_anything_is_loaded(coco, tmp_p
     assert f"--sentencepiece_model {tmp_path}/no.spm: no such file" in message
     assert f"--finetune {tmp_path}/no.pth: no such file or folder" in message
     assert f"--data_path {tmp_path}/nowhere: no such folder" in message
-    assert "--batch_size 0: at least 1 is needed" in message
+    assert "--batch_size 0: at least 1 and at most 1,000,000 is needed" in message
     assert not (tmp_path / "out").exists()
 
 
@@ -426,7 +426,7 @@ def test_a_checkpoint_that_says_otherwise_is_refused(coco, trained, tmp_path, re
     write_weights(tmp_path / "other.pth", checkpoint.state_dict, description)
     message = refusal(tiny_flags(coco, tmp_path, finetune=tmp_path / "other.pth", eval=True))
     assert "made with image_size 480, the command line says --input_size 64" in message
-    assert "made with the tokenizer of SHA-256 000000000000, the command line says --sentencepiece_model" in message
+    assert "made with the tokenizer of SHA-256 000000000000…, the command line says --sentencepiece_model" in message
 
 
 def test_a_submission_that_misses_questions_is_refused(coco, trained, tmp_path, refusal):
