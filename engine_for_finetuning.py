@@ -384,18 +384,19 @@ def evaluate(
             check_stop()
     bar.close()
     columns = join_columns(predicted)
-    _refuse_broken(columns, loader.dataset, what)
+    _refuse_broken(columns, loader, what)
     return _by_row(utils.gather_columns(columns))
 
 
-def _refuse_broken(columns: dict[str, Any], dataset: Any, what: str) -> None:
+def _refuse_broken(columns: dict[str, Any], loader: DataLoader, what: str) -> None:
     """Take "finite" off the columns of this process; raise on all processes where it is False for one. Collective.
 
     An argmax over NaN is an answer like any other, so nobody would notice.
     """
     broken = []
     if (finite := columns.pop("finite", None)) is not None:
-        broken = [dataset.place(row) for row in columns["row"][~finite].tolist()]
+        place = loader.dataset.place  # type: ignore[attr-defined]
+        broken = [place(row) for row in columns["row"][~finite].tolist()]
     everyone = [place for places in utils.gather(broken) for place in places]
     if everyone:
         more = f", … ({len(everyone)} in all)" if len(everyone) > MAX_ROWS_NAMED else ""

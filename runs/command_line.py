@@ -262,7 +262,7 @@ class _Reader:
         if not settings.task.uses_text:
             return None
         file = settings.data.sentencepiece_model
-        checkpoint = self._to_start_from(settings) if settings.checkpoint is None else settings.checkpoint
+        checkpoint = settings.checkpoint if settings.run.eval else self._to_start_from(settings)
         source = file if file is not None or checkpoint is None else checkpoint.tokenizer
         if source is None and settings.run.eval and checkpoint is None:
             return None  # the checkpoint is wrong, which is told; it may hold a tokenizer

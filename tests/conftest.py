@@ -1,3 +1,4 @@
+import logging
 import os
 
 # Threads that wait by spinning take the core away from the loader and from other processes.
@@ -21,3 +22,12 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="no GPU on this machine"))
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_it_was():
+    """What the entry point sets up for its log is taken back, so that no test hears another's."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    root.handlers[:], root.level = handlers, level

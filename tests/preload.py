@@ -8,7 +8,3 @@ import run_beit3_finetuning  # noqa: F401
 from beit3.training.deepspeed_backend import import_deepspeed
 
 import_deepspeed()
-
-from deepspeed.comm.torch import build_shm_op  # noqa: E402  after its start-up chatter was turned off
-
-build_shm_op()  # compiles for a minute in a fresh environment: not on the time of a test that waits ten seconds

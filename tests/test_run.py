@@ -256,8 +256,8 @@ def test_what_training_takes_is_said_and_what_helps_where_it_does_not_fit(coco, 
     (size,) = (line for line in said if line.startswith("memory per process on cpu, about "))
     assert "activations 16 × 0.00" in size and "0.0 GB are free" in size
     (advice,) = (line for line in said if "may not fit" in line)
-    smaller = int(re.search(r"--batch_size (\d+) with a larger --update_freq", advice)[1])
-    assert 0 < smaller < 16
+    smaller, updates = map(int, re.search(r"--batch_size (\d+) --update_freq (\d+)", advice).groups())
+    assert 0 < smaller < 16 and smaller * updates == 16
     assert "--checkpoint_activations" in advice and "--zero_stage 2" in advice
 
 

@@ -153,7 +153,8 @@ RELEASED = {
     "weight_decay": 0.05, "lr": 5e-4, "layer_decay": 0.9, "task_head_lr_weight": 0, "min_lr": 1e-6,
     "warmup_epochs": 5, "warmup_steps": -1, "batch_size": 64, "epochs": 20, "update_freq": 1, "save_ckpt_freq": 5,
     "randaug": None, "train_interpolation": "bicubic", "finetune": "", "model_key": "model|module",
-    "model_prefix": "", "output_dir": "", "seed": 0, "resume": "", "start_epoch": 0, "eval": None, "num_workers": 10,
+    "model_prefix": "", "output_dir": "output", "seed": 0, "resume": "", "start_epoch": 0, "eval": None,
+    "num_workers": 10,
     "dist_on_itp": None, "dist_url": "env://", "enable_deepspeed": None, "initial_scale_power": 16,
 }  # fmt: skip
 RELEASED_CAPTIONING = {
@@ -239,7 +240,7 @@ def test_four_mistakes_are_one_message_with_four_problems(coco, capsys):
     told = capsys.readouterr().err
     assert told.startswith("error: 4 problems:\n")
     for part in ("--layer_decay 7: ", "--weight_decay -3: ", "--num_workers -1: ", "--mixup: "):
-        assert f"\n- {part}" in told
+        assert f"\n  - {part}" in told
     assert "usage" not in told
 
 

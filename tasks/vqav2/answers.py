@@ -136,7 +136,7 @@ def answers_said(description: Mapping[str, Any]) -> list[str] | None:
         return None
     if type(said) is not list or not all(type(answer) is str for answer in said) or not said:
         raise InputError(f"the checkpoint's description says answers that are no list of texts: {said!r:.80}")
-    return said
+    return list(said)
 
 
 def rows_by_text(old: Sequence[str], new: Sequence[str]) -> tuple[int, ...]:
