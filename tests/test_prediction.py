@@ -195,14 +195,16 @@ def test_another_tokenizer_is_refused_naming_both(trained, coco, bare, tmp_path)
     spm = another_tokenizer(tmp_path / "other.spm")
     ours, other = (Tokenizer(file).sha256[:12] for file in (coco / "mini.spm", spm))
     path = trained["vqav2"] / "checkpoint-best"
-    (told,) = refused(short(path, bare, tmp_path, "--sentencepiece_model", str(spm)))
+    told, of_index = refused(short(path, bare, tmp_path, "--sentencepiece_model", str(spm)))
+    assert "index" in of_index and "tokenizer" in of_index  # which was made with the checkpoint's
     assert told.startswith(
         f"{path}: made with the tokenizer of SHA-256 {ours}…, the command line says --sentencepiece_model {spm}, "
         f"which is {other}…"
     )
     changed = copied(path, tmp_path / "changed")
     shutil.copy(spm, changed / "tokenizer.spm")
-    (told,) = refused(short(changed, bare, tmp_path))
+    told, of_index = refused(short(changed, bare, tmp_path))
+    assert "index" in of_index
     assert ours in told and other in told and "give the right one as --sentencepiece_model" in told
     read_settings(short(changed, bare, tmp_path, "--sentencepiece_model", str(coco / "mini.spm")))
 
