@@ -92,6 +92,8 @@ def describe(settings: Settings, task: Task, data: dict[str, Any]) -> dict[str, 
     text: dict[str, Any] = {}
     if settings.task.uses_text:
         text = {"num_max_bpe_tokens": settings.data.num_max_bpe_tokens, "tokenizer_sha256": task.tokenizer.sha256}
+    # Not where files lie or how many workers load them: one run leaves the same checkpoint anywhere.
+    flags = {name.removeprefix("--"): value for name, value in settings.recipe().items()}
     return {
         "format": FORMAT,
         "model": settings.model_name,
@@ -100,7 +102,7 @@ def describe(settings: Settings, task: Task, data: dict[str, Any]) -> dict[str, 
         "vocab_size": settings.model.vocab_size,
         **text,
         **task.describe(),
-        "flags": settings.flags(),
+        "flags": flags,
         "data": data,
     }
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from beit3.model.description import About
-from beit3.system.flags import as_given, deciding, flag
+from beit3.system.flags import deciding, flag
 from tasks.settings import DataSettings, TaskSettings
 
 
@@ -207,13 +207,6 @@ class Settings:
     @property
     def concerns(self) -> list[Any]:
         return [self.model, self.data, self.optimizer, self.run, self.deepspeed, self.task]
-
-    def flags(self) -> dict[str, Any]:
-        """Every flag and its value, in values that JSON knows."""
-        every: dict[str, Any] = {"task": self.task.name}
-        for concern in self.concerns:
-            every |= as_given(concern)
-        return every
 
     def recipe(self) -> dict[str, Any]:
         """The flags that decide the steps of the run, with their values."""
