@@ -17,6 +17,7 @@ from beit3.data.index_table import IntField, IntListField, PathField, ScoreListF
 from beit3.system.errors import InputError
 from tasks.vqav2 import answers
 from tasks.vqav2.index import index_file, make_vqa_index
+from tasks.vqav2.settings import SPLIT_FILES
 
 
 class VQAv2Dataset(ImageTextDataset):
@@ -32,12 +33,7 @@ class VQAv2Dataset(ImageTextDataset):
     Raises InputError listing the bad lines of the index, each with file and line.
     """
 
-    SPLIT_FILES = {  # noqa: RUF012  never changed
-        "train": ("train", "trainable_val"),
-        "val": ("rest_val",),
-        "test": ("test",),
-        "test-dev": ("test-dev",),
-    }
+    SPLIT_FILES = SPLIT_FILES
 
     def __init__(
         self,
