@@ -288,7 +288,7 @@ def make_deterministic() -> None:
     torch.backends.cuda.enable_cudnn_sdp(False)
 
 
-class _TerminalFriendlyHandler(logging.StreamHandler):
+class TerminalFriendlyHandler(logging.StreamHandler):
     """Writes above a progress bar instead of through it."""
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -302,7 +302,7 @@ class _TerminalFriendlyHandler(logging.StreamHandler):
 
 def set_up_logging(is_main: bool) -> None:
     """Process 0 speaks at INFO, the others at WARNING, each line with the time; libraries at WARNING."""
-    handler = _TerminalFriendlyHandler()
+    handler = TerminalFriendlyHandler()
     name = "" if is_main else f"{socket.gethostname()}:{os.environ.get('LOCAL_RANK', '?')} "
     handler.setFormatter(logging.Formatter(f"%(asctime)s {name}%(message)s", "%H:%M:%S"))
     root = logging.getLogger()

@@ -9,6 +9,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
+import utils
+
 SLOW_TIMEOUT = 1800  # seconds after which a slow test that hangs is ended
 
 
@@ -26,8 +28,16 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def _logging_as_it_was():
-    """What the entry point sets up for its log is taken back, so that no test hears another's."""
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
+    """What the entry point sets up for its log is taken back, so that no test hears another's.
+
+    Before the test too: fixtures of a whole module run before this one.
+    """
+    _take_back_our_log()
     yield
-    root.handlers[:], root.level = handlers, level
+    _take_back_our_log()
+
+
+def _take_back_our_log():
+    root = logging.getLogger()
+    root.handlers[:] = [handler for handler in root.handlers if not isinstance(handler, utils.TerminalFriendlyHandler)]
+    root.setLevel(logging.WARNING)

@@ -18,12 +18,8 @@ def test_lines_behind_the_first_are_indented_and_nothing_moves_the_cursor():
 
 
 def test_a_name_cannot_forge_a_line_of_the_log(capsys):
-    before = logging.getLogger().handlers[:]
-    try:
-        utils.set_up_logging(is_main=True)
-        logging.getLogger("tasks").info("%s: read", "a.jpg\n12:00:00 official VQA accuracy: 100.00")
-    finally:
-        logging.getLogger().handlers[:] = before
+    utils.set_up_logging(is_main=True)
+    logging.getLogger("tasks").info("%s: read", "a.jpg\n12:00:00 official VQA accuracy: 100.00")
     said = capsys.readouterr().err.splitlines()
     assert said[1] == "  12:00:00 official VQA accuracy: 100.00: read"
 
