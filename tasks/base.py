@@ -147,6 +147,15 @@ class Task(abc.ABC):
         return f"{self.name}_result_{split}"
 
 
+def told_twice(counts: Mapping[int, int], what: str, results: str) -> list[str]:
+    """What is wrong where an id stands in the index more than once. counts: id → how often; results: in the plural."""
+    return [
+        f"{what} {number} has {count} {results}, one for each time it is in the index"
+        for number, count in counts.items()
+        if count > 1
+    ]
+
+
 def make_task(settings: TaskSettings, data: DataSettings, tokenizer: Tokenizer | None) -> Task:
     """The task whose settings these are."""
     from tasks import imported

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from beit3.data import index_writing
+from beit3.data import findings, index_writing
 from beit3.data.json_stream import stream_array
 from beit3.system.errors import InputError
 from datasets import CaptioningDataset
@@ -303,9 +303,7 @@ def test_the_name_that_the_file_says_comes_first_and_of_two_others_one_is_wanted
 
 def test_karpathys_file_is_read_once(coco, monkeypatch):
     opened = []
-    monkeypatch.setattr(
-        index_writing, "stream_array", lambda path, *rest: opened.append(path) or stream_array(path, *rest)
-    )
+    monkeypatch.setattr(findings, "stream_array", lambda path, *rest: opened.append(path) or stream_array(path, *rest))
     make(coco)
     assert opened == [coco / "dataset_coco.json"]
 

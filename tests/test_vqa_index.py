@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from beit3.data import index_table, index_writing, json_stream
+from beit3.data import findings, index_table, index_writing, json_stream
 from beit3.data.json_stream import stream_array
 from beit3.system.atomic_files import atomic_write, atomic_writes
 from beit3.system.errors import InputError
@@ -364,16 +364,6 @@ QUESTION_MISTAKES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("mistake", QUESTION_MISTAKES)
-def test_a_wrong_question_is_named_with_field_position_and_value(coco, mistake):
-    values, expected = QUESTION_MISTAKES[mistake]
-    edit(coco, TEST_QUESTIONS, lambda entries: entries[1].update(values))
-    problems = problems_of_making(coco)
-    assert len(problems) == 1
-    assert problems[0].startswith(f"{coco / 'vqa' / TEST_QUESTIONS}: ") and expected in problems[0]
-    assert problems[0].isprintable() and len(problems[0]) < 400 + len(str(coco))
-
-
 ANNOTATION_MISTAKES = {
     "an id of truth": ({"question_id": True}, "`question_id` is not a whole number: annotations[1] has true"),
     "a picture of nothing": ({"image_id": None}, "`image_id` is not a whole number: annotations[1] has null"),
@@ -394,13 +384,21 @@ ANNOTATION_MISTAKES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("mistake", ANNOTATION_MISTAKES)
-def test_a_wrong_annotation_is_named_with_field_position_and_value(coco, mistake):
-    values, expected = ANNOTATION_MISTAKES[mistake]
-    edit(coco, VAL_ANNOTATIONS, lambda entries: entries[1].update(values))
+@pytest.mark.parametrize(
+    ("file", "values", "expected"),
+    [(TEST_QUESTIONS, *case) for case in QUESTION_MISTAKES.values()]
+    + [(VAL_ANNOTATIONS, *case) for case in ANNOTATION_MISTAKES.values()],
+    ids=[*QUESTION_MISTAKES, *(f"annotation: {name}" for name in ANNOTATION_MISTAKES)],
+)
+def test_a_wrong_question_or_annotation_is_named_with_field_position_and_value(coco, file, values, expected):
+    edit(coco, file, lambda entries: entries[1].update(values))
     problems = problems_of_making(coco)
     assert any(expected in problem for problem in problems), problems
-    assert all(f"{VAL_ANNOTATIONS}: " in problem and problem.isprintable() for problem in problems)
+    # A wrong annotation may leave its question without one, which is told too.
+    assert len(problems) == 1 or file == VAL_ANNOTATIONS
+    for problem in problems:
+        assert problem.startswith(f"{coco / 'vqa' / file}: ")
+        assert problem.isprintable() and len(problem) < 400 + len(str(coco))
 
 
 def test_one_wrong_field_hides_no_other(coco):
@@ -427,13 +425,13 @@ def test_what_is_written_just_short_of_the_limit_is_read(coco, monkeypatch):
     """The maker's limit of a line is the reader's: the longest line that is written is read."""
     make(coco)
     longest = max(len(line) for line in lines(coco / "vqa.test.jsonl")) + 1
-    for module in (index_writing, index_table):
+    for module in (findings, index_table):
         monkeypatch.setattr(module, "MAX_LINE_BYTES", longest)
     edit(coco, TRAIN_QUESTIONS, update_all("question", lambda entry: "red"))
     edit(coco, VAL_QUESTIONS, update_all("question", lambda entry: "red"))
     make(coco)
     assert len(VQAv2Dataset(coco, "test", None, vocab_size=88, num_answers=14)) == 84
-    for module in (index_writing, index_table):
+    for module in (findings, index_table):
         monkeypatch.setattr(module, "MAX_LINE_BYTES", longest - 1)
     assert "too long, as a line of the index" in problems_of_making(coco)[0]
     with pytest.raises(InputError, match=r"vqa\.test\.jsonl:\d+: longer than"):
@@ -479,7 +477,7 @@ def test_pictures_may_lie_elsewhere(coco, tmp_path):
 def test_a_data_folder_that_cannot_be_written_to_is_told_before_anything_is_read(coco, monkeypatch):
     # Tests may run as root, who may write anywhere.
     monkeypatch.setattr(os, "access", lambda path, mode: not (Path(path) == coco and mode & os.W_OK))
-    monkeypatch.setattr(index_writing, "stream_array", None)
+    monkeypatch.setattr(findings, "stream_array", None)
     assert [problem.split(",")[0] for problem in problems_of_making(coco)] == [f"{coco}: cannot be written to"]
 
 

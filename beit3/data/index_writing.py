@@ -1,17 +1,16 @@
-"""What the makers of index files share: pictures in folders, mistakes in annotation files, progress, texts, a summary.
+"""What the makers of index files share: what must be there, pictures in folders, texts, progress, a summary.
 
-A maker writes nothing that reading (`index_table`) would refuse: what is wrong in the official files is found here,
-with field, place and value, before the first file appears.
+A maker writes nothing that reading (`index_table`) would refuse: what is wrong in the official files is found
+(`findings`), with field, place and value, before the first file appears.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from operator import methodcaller
 from pathlib import Path
@@ -19,13 +18,11 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from beit3.data.index_table import MAX_LINE_BYTES
-from beit3.data.json_stream import OnCharacters, stream_array
-from beit3.data.tokenizer import UNK_ID, BatchEncoder
+from beit3.data.findings import Findings, is_broken
+from beit3.data.tokenizer import UNK_ID, BatchEncoder, as_batch_encoder
 from beit3.system.errors import InputError
 
 BATCH = 4096  # texts tokenized at a time
-MAX_ID = (1 << 63) - 1  # what reading can hold
 MUCH_UNKNOWN = 0.05  # share of <unk> above which texts and tokenizer hardly belong together
 NEARLY_ALL = 0.9  # a file with this share of the official entries is taken for the official one
 PICTURE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")  # in any case
@@ -36,139 +33,43 @@ _NAME_WITH_ID = re.compile(r"(?!\.)(?:.*_)?([0-9]+)(?:" + "|".join(map(re.escape
 _COUNT_UNKNOWN = methodcaller("count", UNK_ID)
 
 Row = TypeVar("Row")
-Check = Callable[[Any], "str | None"]  # says what is wrong with a value, None where nothing is
-
-
-# Values of annotation files
-
-
-def wrong_id(value: Any) -> str | None:
-    """What is wrong with an id: only a whole number that 64 bits hold is right. True is none, nor is 5.0."""
-    if type(value) is not int:
-        return "is not a whole number"
-    return None if -MAX_ID <= value <= MAX_ID else "does not fit into 64 bits"
-
-
-def wrong_string(value: Any) -> str | None:
-    """What is wrong with a string that may be empty."""
-    if type(value) is not str:
-        return "is not a text"
-    return "holds half a surrogate pair, which is no valid Unicode" if _is_broken(value) else None
-
-
-def wrong_text(value: Any) -> str | None:
-    """What is wrong with a text that must say something."""
-    return wrong_string(value) or (None if value.strip() else "is blank")
-
-
-def wrong_path(value: Any) -> str | None:
-    """What is wrong with a path that must lie below a folder."""
-    if what := wrong_text(value):
-        return what
-    if "\0" in value:
-        return "holds a zero byte"
-    # An absolute path begins with an empty part.
-    return None if {"", ".", ".."}.isdisjoint(value.split("/")) else "is not a path below the folder of pictures"
-
-
-def wrong_list(value: Any) -> str | None:
-    """What is wrong with a list that may be empty."""
-    return None if type(value) is list else "is not a list"
-
-
-def _is_broken(text: str) -> bool:
-    if text.isascii():  # nearly always, and known without looking
-        return False
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return True
-    return False
-
-
-def shown(value: Any) -> str:
-    """A value as JSON writes it, in ASCII without control characters, cut to a length that a message can hold."""
-    text = json.dumps(value, default=repr)
-    return text if len(text) <= 80 else text[:77] + "…"
-
-
-@dataclass
-class Findings:
-    """Mistakes in the official files, equal ones counted together: a wrong file has hundreds of thousands."""
-
-    broken_files: list[str] = field(default_factory=list)
-    examples: dict[str, list[str]] = field(default_factory=dict)
-    counts: Counter[str] = field(default_factory=Counter)
-
-    def stream(
-        self, path: Path, key: str, on_characters: OnCharacters | None = None, required: bool = True
-    ) -> Iterator[Any]:
-        """Yield the elements of an official file; a broken one ends where it breaks, and the next file is read."""
-        try:
-            yield from stream_array(path, key, on_characters, required)
-        except InputError as error:
-            self.broken_files += error.problems
-        except OSError as error:
-            self.broken_files.append(f"{path}: cannot be read ({error.strerror})")
-
-    def note(self, what: str, example: object) -> None:
-        self.counts[what] += 1
-        if self.counts[what] <= 5:
-            self.examples.setdefault(what, []).append(str(example))
-
-    def check_fields(self, path: Path, place: str, entry: Any, checks: Mapping[str, Check]) -> bool:
-        """Whether an element is an object whose fields are right; notes each that is not, with place and value."""
-        if type(entry) is not dict:
-            self.note(f"{path}: not a JSON object", f"{place} is {shown(entry)}")
-            return False
-        right = True
-        for name, check in checks.items():
-            if name not in entry:
-                self.note(f"{path}: `{name}` is missing", place)
-            elif what := check(entry[name]):
-                self.note(f"{path}: `{name}` {what}", f"{place} has {shown(entry[name])}")
-            else:
-                continue
-            right = False
-        return right
-
-    def check_list(self, path: Path, place: str, entries: list[Any], checks: Mapping[str, Check]) -> bool:
-        """`check_fields` for each element of a list within an element; one wrong element hides no other."""
-        right = [self.check_fields(path, f"{place}[{n}]", entry, checks) for n, entry in enumerate(entries)]
-        return all(right)
-
-    def check_line(self, line: str, path: Path, place: str) -> bool:
-        """Whether a line of an index, which is ASCII, is as short as reading wants it; notes it if it is not."""
-        if len(line) <= MAX_LINE_BYTES:
-            return True
-        self.note(f"{path}: too long, as a line of the index may have {MAX_LINE_BYTES} bytes", f"{place} ({len(line)})")
-        return False
-
-    def raise_any(self) -> None:
-        """Raise an InputError with all that was noted, if anything was."""
-        problems = list(self.broken_files)
-        for what, examples in self.examples.items():
-            hidden = self.counts[what] - len(examples)
-            problems.append(f"{what}: {', '.join(examples)}" + (f" and {hidden} more" if hidden else ""))
-        if problems:
-            raise InputError(problems)
 
 
 # Folders and files
 
 
-def missing_inputs(folders: Iterable[Path], files: Mapping[Path, str], written: Path) -> list[str]:
-    """What is not there: folders, and files, each with where to get it; and whether `written` can be written to."""
-    problems = [f"{folder}: no such folder" for folder in dict.fromkeys(folders) if not folder.is_dir()]
+def check_inputs(
+    folders: Iterable[Path], files: Mapping[Path, str], written: Path, problems: Iterable[str] = ()
+) -> None:
+    """Raise an InputError where a folder or a file is missing, or `written` cannot be written to.
+
+    files: each with where to get it. problems: what else is wrong, told with it.
+    """
+    found = [f"{folder}: no such folder" for folder in dict.fromkeys(folders) if not folder.is_dir()]
     if written.is_dir() and not os.access(written, os.W_OK | os.X_OK):
-        problems.append(
+        found.append(
             f"{written}: cannot be written to, and the index files belong there; give another data_path, "
             "and where the pictures are as image_path"
         )
     # Where a folder is missing, so is all in it.
-    return problems + [
+    found += [
         f"{file}: missing; {remedy}" for file, remedy in files.items() if file.parent.is_dir() and not file.is_file()
     ]
+    if found := [*found, *problems]:
+        raise InputError(found)
+
+
+def check_inputs_and_tokenizer(
+    tokenizer: Any, folders: Iterable[Path], files: Mapping[Path, str], written: Path, problems: Iterable[str] = ()
+) -> BatchEncoder:
+    """`check_inputs`, and what encodes texts, see `as_batch_encoder`; a tokenizer that cannot is told with the rest."""
+    try:
+        encode = as_batch_encoder(tokenizer)
+    except InputError as error:
+        check_inputs(folders, files, written, [*problems, *error.problems])
+        raise
+    check_inputs(folders, files, written, problems)
+    return encode
 
 
 class Pictures:
@@ -201,7 +102,7 @@ class Pictures:
             if (match := _NAME_WITH_ID.fullmatch(name)) is None:
                 continue
             image_id = int(match[1])
-            if _is_broken(name):
+            if is_broken(name):
                 self.problems.append(f"{path}: the name of {name!a} is not UTF-8; rename the file")
             elif image_id in pictures:
                 self.problems.append(

@@ -6,7 +6,6 @@ import functools
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -107,41 +106,8 @@ class CaptioningDataset(ImageTextDataset):
         """Makes a batch of items, see `collate_captions`."""
         return functools.partial(collate_captions, num_max_bpe_tokens=self.num_max_bpe_tokens)
 
-    @staticmethod
-    def make_coco_captioning_dataset_index(
-        data_path: str | os.PathLike[str],
-        tokenizer: Any,
-        progress: bool | None = None,
-        image_path: str | os.PathLike[str] | None = None,
-    ) -> None:
-        """Write the index files of COCO captioning into `data_path`, all or none of them.
-
-            CaptioningDataset.make_coco_captioning_dataset_index(
-                data_path="…", tokenizer=XLMRobertaTokenizer("…/beit3.spm"))
-
-        data_path: holds Karpathy's `dataset_coco.json` and the COCO pictures in `train2014/` and `val2014/`; only
-        pictures that are there are indexed. tokenizer: see `beit3.data.tokenizer.as_batch_encoder`; the path of
-        beit3.spm does as well. progress: show a bar; None: on a terminal only. image_path: holds the pictures'
-        folders, which may lie on a disk that is only read; None: data_path does.
-
-        Writes `coco_captioning.{train,val,test}.jsonl` and, for the scores, the captions people wrote as
-        `coco_captioning.{val,test}.references.json` in COCO's format; prints what was written and what left out.
-        Raises InputError listing what is missing or wrong; nothing is written then.
-        """
-        captioning_index.make_coco_captioning_index(data_path, tokenizer, progress, image_path)
-
-    @staticmethod
-    def make_nocaps_captioning_dataset_index(
-        data_path: str | os.PathLike[str],
-        progress: bool | None = None,
-        image_path: str | os.PathLike[str] | None = None,
-    ) -> None:
-        """Write the index files of nocaps, `nocaps.{val,test}.jsonl`, into `data_path`, both or none.
-
-        data_path: holds `nocaps_val_4500_captions.json`, `nocaps_test_image_info.json` and the pictures in `val/` and
-        `test/`. Otherwise as `make_coco_captioning_dataset_index`, which makes the training data.
-        """
-        captioning_index.make_nocaps_index(data_path, progress, image_path)
+    make_coco_captioning_dataset_index = staticmethod(captioning_index.make_coco_captioning_dataset_index)
+    make_nocaps_captioning_dataset_index = staticmethod(captioning_index.make_nocaps_captioning_dataset_index)
 
 
 def _lines_by_picture(pictures: np.ndarray, most: int) -> RaggedArray:

@@ -14,25 +14,12 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+from beit3.data import index_writing as writing
+from beit3.data.findings import Findings, shown, wrong_id, wrong_path
 from beit3.data.index_description import describe_index, tokenizer_hash
-from beit3.data.index_writing import (
-    Findings,
-    Pictures,
-    TokenCount,
-    beside_official,
-    is_nearly,
-    missing_inputs,
-    print_summary,
-    progress_bar,
-    shown,
-    tokenized,
-    wrong_id,
-    wrong_path,
-)
 from beit3.data.json_stream import OnCharacters
-from beit3.data.tokenizer import BatchEncoder, as_batch_encoder
+from beit3.data.tokenizer import BatchEncoder
 from beit3.system.atomic_files import atomic_writes
-from beit3.system.errors import InputError
 from tasks.captioning.references import KarpathyImage, as_coco, captions_of, karpathy_images
 
 COCO, NOCAPS = "coco_captioning", "nocaps"  # what the index files are named after
@@ -61,33 +48,36 @@ def ground_truth_file(split: str) -> str:
     return f"{COCO}.{split}.references.json"
 
 
-def make_coco_captioning_index(
+def make_coco_captioning_dataset_index(
     data_path: str | os.PathLike[str],
     tokenizer: Any,
     progress: bool | None = None,
     image_path: str | os.PathLike[str] | None = None,
 ) -> None:
-    """Write `coco_captioning.{train,val,test}.jsonl` and the ground truth of val and test into `data_path`.
+    """Write the index files of COCO captioning into `data_path`, all or none of them.
 
-    See `datasets.CaptioningDataset.make_coco_captioning_dataset_index`, which is how users call it.
+        CaptioningDataset.make_coco_captioning_dataset_index(
+            data_path="…", tokenizer=XLMRobertaTokenizer("…/beit3.spm"))
+
+    data_path: holds Karpathy's `dataset_coco.json` and the COCO pictures in `train2014/` and `val2014/`; only
+    pictures that are there are indexed. tokenizer: see `beit3.data.tokenizer.as_batch_encoder`; the path of
+    beit3.spm does as well. progress: show a bar; None: on a terminal only. image_path: holds the pictures'
+    folders, which may lie on a disk that is only read; None: data_path does.
+
+    Writes `coco_captioning.{train,val,test}.jsonl` and, for the scores, the captions people wrote as
+    `coco_captioning.{val,test}.references.json` in COCO's format; prints what was written and what left out.
+    Raises InputError listing what is missing or wrong; nothing is written then.
     """
     data = Path(data_path)
-    source, pictures = data / KARPATHY_FILE, Pictures(data if image_path is None else Path(image_path))
+    source, pictures = data / KARPATHY_FILE, writing.Pictures(data if image_path is None else Path(image_path))
     remedy = "get Karpathy's split (caption_datasets.zip) and unpack it there"
-    problems = missing_inputs([data, pictures.root], {source: remedy}, data)
-    try:
-        encode = as_batch_encoder(tokenizer)
-    except InputError as error:
-        problems += error.problems
-    if problems:
-        raise InputError(problems)
-
-    findings, tokens = Findings(), TokenCount()
+    encode = writing.check_inputs_and_tokenizer(tokenizer, [data, pictures.root], {source: remedy}, data)
+    findings, tokens = Findings(), writing.TokenCount()
     counts = {split: Count() for split in COCO_SPLITS}
     truths: dict[str, list[KarpathyImage]] = {"val": [], "test": []}
     names = [index_file(COCO, split) for split in COCO_SPLITS] + [ground_truth_file(split) for split in truths]
     with (
-        progress_bar("COCO captioning index", [source], progress) as bar,
+        writing.progress_bar("COCO captioning index", [source], progress) as bar,
         atomic_writes([data / name for name in (*names, description_file(COCO))]) as (*files, description),
     ):
         file_of = dict(zip(names, files, strict=True))
@@ -102,30 +92,30 @@ def make_coco_captioning_index(
         folders = _folders(pictures)
         described = describe_index(data, VERSION, file_of, [source], folders, tokenizer_sha256=tokenizer_hash(encode))
         description.write(described)
-    print_summary(f"{COCO} index written to {data}", _summary_lines(COCO, counts), tokens)
+    writing.print_summary(f"{COCO} index written to {data}", _summary_lines(COCO, counts), tokens)
 
 
-def make_nocaps_index(
+def make_nocaps_captioning_dataset_index(
     data_path: str | os.PathLike[str],
     progress: bool | None = None,
     image_path: str | os.PathLike[str] | None = None,
 ) -> None:
-    """Write `nocaps.{val,test}.jsonl` into `data_path`.
+    """Write the index files of nocaps, `nocaps.{val,test}.jsonl`, into `data_path`, both or none.
 
-    See `datasets.CaptioningDataset.make_nocaps_captioning_dataset_index`, which is how users call it.
+    data_path: holds `nocaps_val_4500_captions.json`, `nocaps_test_image_info.json` and the pictures in `val/` and
+    `test/`. Otherwise as `make_coco_captioning_dataset_index`, which makes the training data.
     """
     data = Path(data_path)
-    pictures = Pictures(data if image_path is None else Path(image_path))
+    pictures = writing.Pictures(data if image_path is None else Path(image_path))
     sources = {split: data / name for split, name in NOCAPS_FILES.items()}
     remedies = dict.fromkeys(sources.values(), "get it from https://nocaps.org/download")
-    if problems := missing_inputs([data, pictures.root], remedies, data):
-        raise InputError(problems)
+    writing.check_inputs([data, pictures.root], remedies, data)
     findings = Findings()
     counts = {split: Count() for split in sources}
     names = [index_file(NOCAPS, split) for split in sources]
     targets = [data / name for name in (*names, description_file(NOCAPS))]
     with (
-        progress_bar("nocaps index", sources.values(), progress) as bar,
+        writing.progress_bar("nocaps index", sources.values(), progress) as bar,
         atomic_writes(targets) as (*files, description),
     ):
         for file, (split, source) in zip(files, sources.items(), strict=True):
@@ -141,10 +131,10 @@ def make_nocaps_index(
         _raise_findings(findings, pictures, sources, counts)
         file_of = dict(zip(names, files, strict=True))
         description.write(describe_index(data, VERSION, file_of, sources.values(), _folders(pictures)))
-    print_summary(f"{NOCAPS} index written to {data}", _summary_lines(NOCAPS, counts))
+    writing.print_summary(f"{NOCAPS} index written to {data}", _summary_lines(NOCAPS, counts))
 
 
-def _folders(pictures: Pictures) -> dict[str, tuple[Path, int]]:
+def _folders(pictures: writing.Pictures) -> dict[str, tuple[Path, int]]:
     """Folder → its path, and how many of the pictures wanted were not in it."""
     return {folder: (pictures.root / folder, count) for folder, count in pictures.missing.items()}
 
@@ -169,7 +159,7 @@ def _noted(images: Iterable[KarpathyImage], truths: dict[str, list[KarpathyImage
         yield image
 
 
-def _rows(images: Iterable[KarpathyImage], pictures: Pictures, counts: dict[str, Count]) -> Iterator[_Row]:
+def _rows(images: Iterable[KarpathyImage], pictures: writing.Pictures, counts: dict[str, Count]) -> Iterator[_Row]:
     """Yield the rows of all indexes, of images whose picture is there: one per caption in training, else per image."""
     for image in images:
         path = pictures.find(f"{image.folder}/{image.name}")
@@ -182,10 +172,10 @@ def _rows(images: Iterable[KarpathyImage], pictures: Pictures, counts: dict[str,
 
 
 def _lines(
-    rows: Iterator[_Row], source: Path, encode: BatchEncoder, findings: Findings, tokens: TokenCount
+    rows: Iterator[_Row], source: Path, encode: BatchEncoder, findings: Findings, tokens: writing.TokenCount
 ) -> Iterator[tuple[str, str]]:
     """Yield (split, line) in the order of the file; note captions that make no line."""
-    for (image, path, caption), ids in tokenized(rows, CAPTION, encode, tokens, source):
+    for (image, path, caption), ids in writing.tokenized(rows, CAPTION, encode, tokens, source):
         line = _line(path, ids, image.id)
         if ids == []:
             what = f"{source}: the tokenizer leaves nothing of a caption"
@@ -208,21 +198,18 @@ def _nocaps_images(
     Where the file has captions too, they are what validation is scored against, so they are looked at as well.
     """
     place_of: dict[Any, str] = {}
-    for position, entry in enumerate(findings.stream(source, "images", on_characters)):
-        place = f"images[{position}]"
-        right = findings.check_fields(source, place, entry, NOCAPS_IMAGE)
-        image_id: Any = entry.get("id") if type(entry) is dict else None
-        if wrong_id(image_id):
-            continue
-        if place_of.setdefault(image_id, place) != place:
-            findings.note(f"{source}: `id` of another image", f"{place} has {image_id}, as {place_of[image_id]}")
-        elif right:
+    for place, image_id, entry, right in findings.numbered(source, "images", "id", NOCAPS_IMAGE, on_characters):
+        if image_id is not None:
+            place_of[image_id] = place
+        if right:
             yield image_id, f"{split}/{entry['file_name']}", place
     if not findings.broken_files and (captions := list(findings.stream(source, "annotations", required=False))):
         captions_of(source, place_of, captions, findings)
 
 
-def _raise_findings(findings: Findings, pictures: Pictures, sources: dict[str, Path], counts: dict[str, Count]) -> None:
+def _raise_findings(
+    findings: Findings, pictures: writing.Pictures, sources: dict[str, Path], counts: dict[str, Count]
+) -> None:
     """Raise all that was found; splits that would be empty where nothing else is wrong. sources: file of each split."""
     pictures.note_problems(findings)
     findings.raise_any()
@@ -235,7 +222,7 @@ def _raise_findings(findings: Findings, pictures: Pictures, sources: dict[str, P
 
 def _summary_lines(source: str, counts: dict[str, Count]) -> Iterator[str]:
     in_file = sum(count.images + count.missing for count in counts.values())
-    official = source == COCO and is_nearly(in_file, sum(KARPATHY_COUNTS.values()))
+    official = source == COCO and writing.is_nearly(in_file, sum(KARPATHY_COUNTS.values()))
     for split, count in counts.items():
         what = f"{count.lines} captions of {count.images} images" if split == "train" else f"{count.lines} images"
         left_out = f"; {count.missing} images left out, their pictures are missing" if count.missing else ""
@@ -243,4 +230,4 @@ def _summary_lines(source: str, counts: dict[str, Count]) -> Iterator[str]:
         yield f"{index_file(source, split)}: {what}{truth}{left_out}"
         if official:
             named, found = count.images + count.missing, KARPATHY_COUNTS[split]
-            yield f"  {beside_official({'images': (named, found), 'pictures': (count.images, found)})}"
+            yield f"  {writing.beside_official({'images': (named, found), 'pictures': (count.images, found)})}"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from beit3.data.index_writing import Findings, shown, wrong_id, wrong_list, wrong_path, wrong_text
+from beit3.data.findings import Findings, shown, wrong_id, wrong_list, wrong_path, wrong_text
 from beit3.data.json_stream import OnCharacters
 from beit3.system.errors import InputError
 from tasks.captioning.scores.scores import ImageId
@@ -38,19 +38,11 @@ def karpathy_images(
 
     Captions are the raw sentences, as people wrote them.
     """
-    first: dict[int, int] = {}  # cocoid → position
-    for position, entry in enumerate(findings.stream(source, "images", on_characters)):
-        place = f"images[{position}]"
-        right = findings.check_fields(source, place, entry, _IMAGE)
+    for place, cocoid, entry, right in findings.numbered(source, "images", "cocoid", _IMAGE, on_characters):
         sentences: Any = entry.get("sentences") if type(entry) is dict else None
         if type(sentences) is list and not findings.check_list(source, f"{place}.sentences", sentences, _SENTENCE):
-            right = False
-        cocoid: Any = entry.get("cocoid") if type(entry) is dict else None
-        if wrong_id(cocoid):
             continue
-        if first.setdefault(cocoid, position) != position:
-            findings.note(f"{source}: `cocoid` of another image", f"{place} has {cocoid}, as images[{first[cocoid]}]")
-        elif right:
+        if right:
             captions = [sentence["raw"] for sentence in sentences]
             yield KarpathyImage(
                 cocoid, _SPLIT_OF[entry["split"]], entry["filepath"], entry["filename"], captions, place

@@ -19,8 +19,8 @@ from tasks.captioning.index import (
     description_file,
     ground_truth_file,
     index_file,
-    make_coco_captioning_index,
-    make_nocaps_index,
+    make_coco_captioning_dataset_index,
+    make_nocaps_captioning_dataset_index,
 )
 from tasks.settings import DataSettings, TaskSettings, missing_index
 
@@ -101,7 +101,7 @@ class CaptioningSettings(TaskSettings):
             data_path,
             [index_file(COCO, split) for split in COCO_SPLITS],
             lambda: look(data_path, description_file(COCO), VERSION, image_path, asked, thorough=True),
-            lambda: make_coco_captioning_index(data_path, tokenizer, image_path=image_path),
+            lambda: make_coco_captioning_dataset_index(data_path, tokenizer, image_path=image_path),
             [data_path / KARPATHY_FILE],
         )
 
@@ -122,6 +122,6 @@ class NoCapsSettings(CaptioningSettings):
             data_path,
             [index_file(NOCAPS, split) for split in NOCAPS_FILES],
             lambda: look(data_path, description_file(NOCAPS), VERSION, image_path, thorough=True),
-            lambda: make_nocaps_index(data_path, image_path=image_path),
+            lambda: make_nocaps_captioning_dataset_index(data_path, image_path=image_path),
             [data_path / name for name in NOCAPS_FILES.values()],
         )

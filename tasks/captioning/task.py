@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from beit3.data.image_text import ImageTextDataset
 from beit3.system.errors import InputError, printable
-from tasks.base import Columns, Scores, Task
+from tasks.base import Columns, Scores, Task, told_twice
 from tasks.captioning.dataset import CaptioningDataset
 from tasks.captioning.generation import generate
 from tasks.captioning.index import COCO, KARPATHY_FILE
@@ -121,11 +121,7 @@ class Captioning(Task):
     def check_rows(self, dataset: ImageTextDataset, split: str) -> list[str]:
         """Pictures that stand in the index twice, or that nobody wrote captions of where these are there."""
         counts = Counter(dataset.table["image_id"][:].tolist())
-        problems = [
-            f"image {image} has {n} captions, one for each time it is in the index"
-            for image, n in counts.items()
-            if n > 1
-        ]
+        problems = told_twice(counts, "image", "captions")
         references = self.references(split)
         if references is not None:
             problems += [f"image {image} has no reference captions" for image in counts if image not in references]

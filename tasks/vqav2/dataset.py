@@ -6,7 +6,6 @@ import functools
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +15,7 @@ from beit3.data.image_text import ImageTextDataset, Item, Transform, collate_ima
 from beit3.data.index_table import IntField, IntListField, PathField, ScoreListField, TokenField, read_index
 from beit3.system.errors import InputError
 from tasks.vqav2 import answers
-from tasks.vqav2.index import index_file, make_vqa_index
+from tasks.vqav2.index import index_file, make_dataset_index
 from tasks.vqav2.settings import SPLIT_FILES
 
 
@@ -80,31 +79,7 @@ class VQAv2Dataset(ImageTextDataset):
         """Makes a batch of items, see `collate_vqa`."""
         return functools.partial(collate_vqa, num_answers=self.num_answers, num_max_bpe_tokens=self.num_max_bpe_tokens)
 
-    @staticmethod
-    def make_dataset_index(
-        data_path: str | os.PathLike[str],
-        tokenizer: Any,
-        annotation_data_path: str | os.PathLike[str],
-        seed: int = 0,
-        progress: bool | None = None,
-        image_path: str | os.PathLike[str] | None = None,
-    ) -> None:
-        """Write the index files of VQAv2 into `data_path`, all or none of them.
-
-            VQAv2Dataset.make_dataset_index(
-                data_path="…", tokenizer=XLMRobertaTokenizer("…/beit3.spm"), annotation_data_path="…")
-
-        data_path: holds the COCO pictures in `train2014/`, `val2014/`, `test2015/`; only pictures that are there are
-        indexed. tokenizer: see `beit3.data.tokenizer.as_batch_encoder`; the path of beit3.spm does as well.
-        annotation_data_path: holds the six official files, unpacked. seed: decides which 1000 validation pictures
-        are kept for validation (`vqa.rest_val`); the questions of the others are training data
-        (`vqa.trainable_val`). progress: show a bar; None: on a terminal only. image_path: holds the pictures'
-        folders, which may lie on a disk that is only read; None: data_path does.
-
-        Writes `vqa.{train,val,trainable_val,rest_val,test,test-dev}.jsonl` and `answer2label.txt`, and prints what
-        was written and what left out. Raises InputError listing what is missing or wrong; nothing is written then.
-        """
-        make_vqa_index(data_path, tokenizer, annotation_data_path, seed, progress, image_path)
+    make_dataset_index = staticmethod(make_dataset_index)
 
 
 def read_answers(data_path: str | os.PathLike[str]) -> list[str]:

@@ -22,29 +22,12 @@ from typing import IO, Any
 
 import numpy as np
 
+from beit3.data import index_writing as writing
+from beit3.data.findings import MAX_ID, Findings, shown, wrong_id, wrong_list, wrong_string, wrong_text
 from beit3.data.index_description import describe_index, tokenizer_hash
-from beit3.data.index_writing import (
-    MAX_ID,
-    Findings,
-    NumberTexts,
-    Pictures,
-    TokenCount,
-    beside_official,
-    is_nearly,
-    missing_inputs,
-    print_summary,
-    progress_bar,
-    shown,
-    tokenized,
-    wrong_id,
-    wrong_list,
-    wrong_string,
-    wrong_text,
-)
 from beit3.data.json_stream import OnCharacters
-from beit3.data.tokenizer import BatchEncoder, as_batch_encoder
+from beit3.data.tokenizer import BatchEncoder
 from beit3.system.atomic_files import atomic_writes
-from beit3.system.errors import InputError
 from tasks.vqav2.answers import ANSWER_FILE, MIN_ANSWER_COUNT, answer_lines, build_answer_vocabulary, vote_score
 
 NUM_REST_VAL_IMAGES = 1000  # validation images whose questions are kept for validating; the rest is for training
@@ -125,7 +108,7 @@ def without_garbage_collection() -> Iterator[None]:
 
 
 @without_garbage_collection()
-def make_vqa_index(
+def make_dataset_index(
     data_path: str | os.PathLike[str],
     tokenizer: Any,
     annotation_data_path: str | os.PathLike[str],
@@ -133,27 +116,32 @@ def make_vqa_index(
     progress: bool | None = None,
     image_path: str | os.PathLike[str] | None = None,
 ) -> None:
-    """Write `vqa.{train,val,trainable_val,rest_val,test,test-dev}.jsonl` and `answer2label.txt` into `data_path`.
+    """Write the index files of VQAv2 into `data_path`, all or none of them.
 
-    See `datasets.VQAv2Dataset.make_dataset_index`, which is how users call it.
+        VQAv2Dataset.make_dataset_index(
+            data_path="…", tokenizer=XLMRobertaTokenizer("…/beit3.spm"), annotation_data_path="…")
+
+    data_path: holds the COCO pictures in `train2014/`, `val2014/`, `test2015/`; only pictures that are there are
+    indexed. tokenizer: see `beit3.data.tokenizer.as_batch_encoder`; the path of beit3.spm does as well.
+    annotation_data_path: holds the six official files, unpacked. seed: decides which 1000 validation pictures
+    are kept for validation (`vqa.rest_val`); the questions of the others are training data
+    (`vqa.trainable_val`). progress: show a bar; None: on a terminal only. image_path: holds the pictures'
+    folders, which may lie on a disk that is only read; None: data_path does.
+
+    Writes `vqa.{train,val,trainable_val,rest_val,test,test-dev}.jsonl` and `answer2label.txt`, and prints what
+    was written and what left out. Raises InputError listing what is missing or wrong; nothing is written then.
     """
     data, official = Path(data_path), Path(annotation_data_path)
-    pictures = Pictures(data if image_path is None else Path(image_path))
+    pictures = writing.Pictures(data if image_path is None else Path(image_path))
     files = official_files(official)
     source = "unpack it from https://visualqa.org/download.html (VQA v2) into annotation_data_path"
-    problems = missing_inputs([data, official, pictures.root], dict.fromkeys(files, source), data)
     folders = dict.fromkeys(split.folder for split in OFFICIAL_FILES)
     picture_of = {folder: pictures.by_image_id(folder) for folder in folders}
-    problems += pictures.problems
-    try:
-        encode = as_batch_encoder(tokenizer)
-    except InputError as error:
-        problems += error.problems
-    if problems:
-        raise InputError(problems)
-
-    findings, tokens = Findings(), TokenCount()
-    with progress_bar("VQAv2 index", files, progress) as bar:
+    encode = writing.check_inputs_and_tokenizer(
+        tokenizer, [data, official, pictures.root], dict.fromkeys(files, source), data, pictures.problems
+    )
+    findings, tokens = Findings(), writing.TokenCount()
+    with writing.progress_bar("VQAv2 index", files, progress) as bar:
         labels, answers = _read_labels(official, findings, bar.update)
         builders = {
             split: SplitBuilder(split, official, picture_of[split.folder], labels.get(split), encode, findings, tokens)
@@ -170,7 +158,7 @@ def make_vqa_index(
 
         rest_val = _write_files(data, builders, answers, seed, findings, bar.update, describe)
     head = f"VQAv2 index written to {data}: {len(answers)} answers in {ANSWER_FILE}"
-    print_summary(head, _summary_lines(builders, rest_val, answers), tokens)
+    writing.print_summary(head, _summary_lines(builders, rest_val, answers), tokens)
 
 
 def _write_files(
@@ -243,7 +231,7 @@ class Labels:
         labels = label_of[np.asarray(self.answers)]
         kept = labels >= 0
         scores = [json.dumps(vote_score(count)) for count in range(11)]
-        self.labels = list(map(NumberTexts().__getitem__, labels[kept].tolist()))
+        self.labels = list(map(writing.NumberTexts().__getitem__, labels[kept].tolist()))
         self.scores = list(map(scores.__getitem__, np.minimum(np.asarray(self.votes)[kept], 10).tolist()))
         self.label_ends = np.concatenate([[0], np.cumsum(kept)])[np.asarray(self.ends)].tolist()
 
@@ -328,7 +316,7 @@ class SplitBuilder:
         labels: Labels | None,
         encode: BatchEncoder,
         findings: Findings,
-        tokens: TokenCount,
+        tokens: writing.TokenCount,
     ):
         self.split, self.labels, self.encode, self.findings, self.tokens = split, labels, encode, findings, tokens
         self.questions_path, self.annotations_path = official / split.questions, official / split.annotations
@@ -343,8 +331,8 @@ class SplitBuilder:
     def lines(self, on_characters: OnCharacters) -> Iterator[tuple[int, str]]:
         """Yield (image id, line of the index) in the order of the question file."""
         kept = self._kept(self._questions(on_characters))
-        text_of, join = NumberTexts().__getitem__, ", ".join
-        for question, ids in tokenized(kept, TEXT, self.encode, self.tokens, self.questions_path):
+        text_of, join = writing.NumberTexts().__getitem__, ", ".join
+        for question, ids in writing.tokenized(kept, TEXT, self.encode, self.tokens, self.questions_path):
             question_id, image_id, text, (labels, scores), position = question
             if not ids:
                 what = f"{self.questions_path}: the tokenizer leaves nothing of `question`"
@@ -422,7 +410,7 @@ class SplitBuilder:
     def official_line(self) -> str | None:
         """How the counts compare with the official ones; None where this is not the official file."""
         split = self.split
-        if not is_nearly(self.num_questions, split.num_questions):
+        if not writing.is_nearly(self.num_questions, split.num_questions):
             return None
         found = len(self.asked) - len(self.missing_pictures)
         counts = {
@@ -430,12 +418,12 @@ class SplitBuilder:
             "pictures": (found, split.num_pictures),
             "pictures with a kept question": (len(self.paths), split.num_kept_pictures),
         }
-        return beside_official(counts)
+        return writing.beside_official(counts)
 
 
 def _summary_lines(builders: dict[Split, SplitBuilder], rest_val: tuple[int, int], answers: list[str]) -> Iterator[str]:
     """rest_val: its questions and pictures."""
-    if all(is_nearly(builders[split].num_questions, split.num_questions) for split in (TRAIN, VAL)):
+    if all(writing.is_nearly(builders[split].num_questions, split.num_questions) for split in (TRAIN, VAL)):
         yield f"{ANSWER_FILE}: {_official_answers_line(answers)}"
     for split, builder in builders.items():
         parts = [f"{builder.num_lines} questions of {len(builder.paths)} images"]

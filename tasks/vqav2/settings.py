@@ -10,7 +10,7 @@ from beit3.data.index_description import Fit, hash_of_file, look, make_unless_it
 from beit3.system.flags import flag
 from tasks.settings import DataSettings, TaskSettings, missing_index
 from tasks.vqav2.answers import ANSWER_FILE
-from tasks.vqav2.index import DESCRIPTION, VERSION, index_file, make_vqa_index, official_files
+from tasks.vqav2.index import DESCRIPTION, VERSION, index_file, make_dataset_index, official_files
 
 # Split → the index files that it is made of.
 SPLIT_FILES = {
@@ -68,6 +68,6 @@ class VQAv2Settings(TaskSettings):
             data_path,
             [*names, ANSWER_FILE],
             lambda: look(data_path, DESCRIPTION, VERSION, image_path, hash_of_file(tokenizer), thorough=True),
-            lambda: make_vqa_index(data_path, tokenizer, annotations, seed, image_path=image_path),
+            lambda: make_dataset_index(data_path, tokenizer, annotations, seed, image_path=image_path),
             official_files(annotations),
         )

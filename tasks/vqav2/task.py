@@ -17,7 +17,7 @@ from beit3.data.image_text import ImageTextDataset
 from beit3.data.json_stream import stream_array
 from beit3.model.weights import Checkpoint, HeadRows
 from beit3.system.errors import InputError, printable
-from tasks.base import Columns, Scores, Task
+from tasks.base import Columns, Scores, Task, told_twice
 from tasks.vqav2.answers import ANSWER_FILE, MIN_PEOPLE, answers_said, rows_by_text, vqa_accuracy
 from tasks.vqav2.dataset import VQAv2Dataset, read_answers
 
@@ -130,11 +130,7 @@ class VQAv2(Task):
     def check_rows(self, dataset: ImageTextDataset, split: str) -> list[str]:
         """Questions that are asked twice, or, where the official question file is there, missing or not in it."""
         counts = Counter(dataset.table["qid"][:].tolist())
-        problems = [
-            f"question {question} has {n} answers, one for each time it is in the index"
-            for question, n in counts.items()
-            if n > 1
-        ]
+        problems = told_twice(counts, "question", "answers")
         file = self._official_file(f"v2_OpenEnded_mscoco_{OFFICIAL_SPLITS[split]}_questions.json")
         if file is not None and split != "val":  # validation is a part of the official file
             try:
