@@ -17,6 +17,7 @@ import utils
 from beit3.data.image_text import ImageTextDataset
 from beit3.data.images import normalize
 from beit3.data.loading import EpochSampler
+from beit3.system.errors import UnreadableError
 from beit3.system.progress_bar import ProgressBar
 from beit3.training.backends import Backend
 from beit3.training.ema import ModelEma
@@ -322,7 +323,7 @@ def _score(
 ) -> tuple[dict[str, float], Mapping[str, Any]]:
     backend = run.backend
     with backend.evaluation_model(averages) as model:
-        columns = evaluate(
+        columns, unreadable = evaluate(
             run.task,
             model,
             run.val_loader,
@@ -332,6 +333,9 @@ def _score(
             what=what,
             check_stop=run.check_stop,
         )
+    if unreadable:  # a score without them would not compare with that of another epoch
+        more = f" (and {len(unreadable) - 1} more)" if len(unreadable) > 1 else ""
+        raise UnreadableError(f"{what}: {unreadable[0]}{more}; mend it, and the same command goes on from here")
     metrics: dict[str, float] = {}
     files: Mapping[str, Any] = {}
     if columns is not None:
@@ -350,31 +354,36 @@ def evaluate(
     input_dtype: torch.dtype = torch.float32,
     what: str = "evaluation",
     check_stop: Callable[[], None] = lambda: None,
-) -> Columns | None:
+) -> tuple[Columns | None, list[str]]:
     """What the task predicts of all examples, each exactly once and in the order of their rows. Collective.
 
     Args:
         model: computes without other processes, because they may have fewer batches.
-        loader: this process's share of the examples; it may be empty.
+        loader: this process's share of the examples; it may be empty. Batches name pictures that cannot be read under
+            "unreadable", where their data set has `report_bad_images`.
         autocast: makes the context of a forward pass, as `Backend.autocast`.
         check_stop: called after each batch, on every process equally often; may raise.
 
     Returns:
-        The columns of `predict_step` and "row", on the CPU; None on all processes but the first.
+        The columns of `predict_step` and "row", on the CPU; None on all processes but the first. On all of them, what
+        is wrong with the pictures that could not be read; their rows are missing in the columns.
 
     Raises:
+        UnreadableError: on all processes; no picture could be read.
         FloatingPointError: on all processes; what the model computed for some examples are no numbers.
     """
     model.eval()
     predicted: list[dict[str, Any]] = []
+    unreadable: list[str] = []
     bar = ProgressBar(what, len(loader), process.is_main)
     started, images = time.monotonic(), 0
     batches = iter(loader)
     with torch.no_grad():
         # Every process goes round equally often, so that all of them are there when one is told to stop.
         for _ in range(max(utils.gather(len(loader)))):
-            batch = next(batches, None)
-            if batch is not None:
+            batch = next(batches, None) or {}
+            unreadable += batch.pop("unreadable", ())
+            if batch:
                 rows = batch["row"]
                 batch = prepare(batch, task, process.device, input_dtype)
                 with autocast():
@@ -385,7 +394,10 @@ def evaluate(
     bar.close()
     columns = join_columns(predicted)
     _refuse_broken(columns, loader, what)
-    return _by_row(utils.gather_columns(columns))
+    unreadable = [problem for problems in utils.gather(unreadable) for problem in problems]
+    if unreadable and not any(utils.gather(len(predicted))):
+        raise UnreadableError(f"{what}: none of {len(unreadable)} pictures could be read; the first: {unreadable[0]}")
+    return _by_row(utils.gather_columns(columns)), unreadable
 
 
 def _refuse_broken(columns: dict[str, Any], loader: DataLoader, what: str) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 # Read when torch is loaded. Threads that wait by spinning take the core away from the loader's processes.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from beit3.system.errors import InputError
+from beit3.system.errors import InputError, UnreadableError
 from beit3.system.terminal import for_terminal, print_anywhere
 from runs import cause
 from runs.command_line import read_settings
@@ -114,7 +114,7 @@ def train(settings: Settings, process: utils.Process, stop: utils.StopSignal) ->
         while position.epoch < settings.optimizer.epochs:
             one_epoch(settings, run, keeper, position, epoch_state)
             epoch_state = EpochState()
-    except StopRequested:
+    except (StopRequested, UnreadableError):  # on all processes alike
         keeper.save(position, epoch_state)
         raise
     keeper.finish(position)
@@ -157,7 +157,7 @@ def predict(settings: Settings, process: utils.Process, stop: utils.StopSignal) 
     assembly.check_prediction(task, dataset, split, folder, process)
     assembly.check_pictures(settings, process, dataset)
     model = assembly.build_model(settings, task, checkpoint, process.device).to(process.device)
-    columns = evaluate(
+    columns, unreadable = evaluate(
         task,
         model,
         assembly.evaluation_loader(settings, dataset, process),
@@ -168,7 +168,7 @@ def predict(settings: Settings, process: utils.Process, stop: utils.StopSignal) 
     )
     if columns is None:  # not the first process
         return 0
-    problems = assembly.problems_afterwards(task, columns, dataset, split)
+    problems = assembly.problems_afterwards(task, columns, unreadable, dataset, split)
     return 0 if log.write_results(folder, task, columns, dataset, split, problems) else 1
 
 

@@ -85,7 +85,7 @@ def evaluation_row(scale: float, batch: int, settings: Settings) -> list[Line]:
 
 def our_answers(task: VQAv2, dataset: VQAv2Dataset, model: nn.Module, batch: int, device: torch.device) -> list[str]:
     loader = build_loader(dataset, EvaluationSampler(len(dataset), batch, 0, 1), num_workers=0, pin_memory=False)
-    columns = evaluate(task, model, loader, utils.Process(0, 1, 0, device), autocast=nullcontext)
+    columns, _ = evaluate(task, model, loader, utils.Process(0, 1, 0, device), autocast=nullcontext)
     assert columns is not None  # the only process is the first one
     return [entry["answer"] for entry in task.submission(columns, dataset, "val")]
 

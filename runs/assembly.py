@@ -132,6 +132,7 @@ def make_loader(
 def evaluation_loader(settings: Settings, dataset: ImageTextDataset, process: utils.Process) -> DataLoader:
     batch_size = settings.optimizer.eval_batch_size or int(1.5 * settings.optimizer.batch_size)
     sampler = EvaluationSampler(len(dataset), batch_size, process.rank, process.world_size)
+    dataset.report_bad_images = True
     return make_loader(settings, dataset, sampler, process)
 
 
@@ -145,11 +146,13 @@ def problems_of_rows(task: Task, dataset: ImageTextDataset, split: str) -> list[
         return [f"{error.filename}: cannot be read ({error.strerror})"]
 
 
-def problems_afterwards(task: Task, columns: Columns, dataset: ImageTextDataset, split: str) -> list[str]:
-    """Why what was predicted is no complete submission."""
+def problems_afterwards(
+    task: Task, columns: Columns, unreadable: list[str], dataset: ImageTextDataset, split: str
+) -> list[str]:
+    """Why what was predicted is no complete submission. unreadable: what is wrong with pictures, see `evaluate`."""
     answered = len(columns["row"])
     if answered != len(dataset):
-        return [f"{answered} predictions for {len(dataset)} examples"]
+        return [f"{answered} predictions for {len(dataset)} examples", *unreadable]
     return problems_of_rows(task, dataset, split)
 
 

@@ -297,7 +297,7 @@ def test_an_answer_computed_from_nan_is_an_error_that_names_the_row(tmp_path):
     process = Process(0, 1, 0, torch.device("cpu"))
     with pytest.raises(FloatingPointError, match=r"evaluation: .* not finite for x\.jsonl:2, x\.jsonl:5\. Use"):
         evaluate(task, model, Loader([batch(0, 1, 2), batch(3, 4)]), process, autocast=torch.no_grad)
-    columns = evaluate(task, model, Loader([batch(0, 2), batch(3)]), process, autocast=torch.no_grad)
+    columns, _ = evaluate(task, model, Loader([batch(0, 2), batch(3)]), process, autocast=torch.no_grad)
     assert columns.keys() == {"row", "label"}
 
 

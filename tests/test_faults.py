@@ -200,12 +200,17 @@ def test_a_full_disk_ends_the_run_loudly_and_harms_nothing(data, tmp_path, kind)
 # pictures, workers, other processes
 
 
+def spoil(picture):
+    """Make a JPEG undecodable behind its header, which is all that screening reads; returns what it was."""
+    content = picture.read_bytes()
+    tables = content.index(b"\xff\xc4") + 5  # 16 counts of codes
+    picture.write_bytes(content[:tables] + b"\xff" * 16 + content[tables + 16 :])
+    return content
+
+
 def spoil_picture(data, folder):
     shutil.copytree(data, folder)
-    picture = folder / "train2014" / "COCO_train2014_000000000003.jpg"
-    content = picture.read_bytes()
-    tables = content.index(b"\xff\xc4") + 5  # 16 counts of codes; screening reads headers only and does not see this
-    picture.write_bytes(content[:tables] + b"\xff" * 16 + content[tables + 16 :])
+    spoil(folder / "train2014" / "COCO_train2014_000000000003.jpg")
     (folder / "train2014" / "COCO_train2014_000000000005.jpg").unlink()
     return folder
 
@@ -222,18 +227,39 @@ def test_bad_pictures_are_passed_over_alike_for_any_number_of_workers(data, tmp_
     assert same_end(tmp_path / "0", tmp_path / "2") is None
 
 
-def test_evaluation_never_passes_over_a_picture(data, alone, tmp_path):
-    bad = tmp_path / "data"
+def test_a_picture_that_breaks_in_a_prediction_costs_its_own_rows_only(data, alone, tmp_path):
+    bad, out = tmp_path / "data", tmp_path / "out"
     shutil.copytree(data, bad)
     picture = sorted((bad / "test2015").iterdir())[0]
-    content = picture.read_bytes()
-    tables = content.index(b"\xff\xc4") + 5  # 16 counts of codes; screening reads headers only and does not see this
-    picture.write_bytes(content[:tables] + b"\xff" * 16 + content[tables + 16 :])
-    argv = chaos.command(bad, tmp_path / "out", False, finetune=alone / "checkpoint-best.pth")
+    spoil(picture)
+    argv = chaos.command(bad, out, False, finetune=alone / "checkpoint-best.pth")
     ended = Run([*argv, "--eval", "--skip_bad_images"]).wait()
     assert ended.statuses == [1], ended.output
-    assert picture.name in ended.output
-    assert not list((tmp_path / "out").iterdir())
+    assert picture.name in ended.output and "vqa.test.jsonl:" in ended.output
+    [file] = out.iterdir()
+    assert file.name == "submit_vqav2_test.incomplete.json"
+    rows = [json.loads(line) for line in (bad / "vqa.test.jsonl").read_text().splitlines()]
+    readable = {row["qid"] for row in rows if not row["image_path"].endswith(picture.name)}
+    assert {entry["question_id"] for entry in json.loads(file.read_text())} == readable
+    assert 0 < len(readable) < len(rows)
+
+
+def test_a_picture_that_breaks_in_validation_costs_no_epoch(data, alone, tmp_path):
+    """The run ends with its name; when it is mended, the same command validates and goes on to the same end."""
+    bad, out = tmp_path / "data", tmp_path / "out"
+    shutil.copytree(data, bad)
+    picture = bad / json.loads((bad / "vqa.rest_val.jsonl").read_text().splitlines()[0])["image_path"]
+    whole = spoil(picture)
+    argv = chaos.command(bad, out, False)
+    ended = Run(argv).wait()
+    assert ended.statuses == [1], ended.output
+    assert picture.name in ended.output and "the same command goes on from here" in ended.output
+    assert not (out / "log.txt").exists()
+    picture.write_bytes(whole)
+    ended = Run(argv).wait()
+    assert ended.statuses == [0], ended.output
+    assert "going on with epoch 0, step 13" in ended.output  # all of them: validation is what was left
+    assert same_end(out, alone) is None
 
 
 def strike_worker(rank, how):

@@ -97,13 +97,16 @@ def plain(columns):
 
 def evaluate_batches(process, shares):
     """What `evaluate` says on each process of batches that are there without a data set."""
-    batches = [{"row": torch.tensor(rows), "x": torch.tensor(rows)} for rows in shares[process.rank]]
+    batches = [
+        {"unreadable": [rows]} if isinstance(rows, str) else {"row": torch.tensor(rows), "x": torch.tensor(rows)}
+        for rows in shares[process.rank]
+    ]
     calls = []
 
     def predict_step(model, batch):
         return {name: column for name, column in answers_of(batch["x"].tolist()).items() if name != "row"}
 
-    columns = evaluate(
+    columns, unreadable = evaluate(
         SimpleNamespace(predict_step=predict_step),
         torch.nn.Identity(),
         batches,
@@ -111,7 +114,7 @@ def evaluate_batches(process, shares):
         autocast=torch.no_grad,
         check_stop=lambda: calls.append(1),
     )
-    return plain(columns), len(calls)
+    return plain(columns), unreadable, len(calls)
 
 
 # Each is a list with the rows of each process; None: a process without batches, which has no columns at all.
@@ -123,7 +126,7 @@ ROWS = [
     [None, [3, 1]],
     [[1], None, [5, 0, 2]],
 ]
-# Each is a list with the batches of each process, lists of rows.
+# Each is a list with the batches of each process, lists of rows, or what is wrong with a picture.
 BATCHES = [
     [[[0, 1, 2, 3], [4, 5, 6]]],
     [[[6, 2], [0]], [[5, 3, 1], [4]]],
@@ -131,6 +134,8 @@ BATCHES = [
     [[[0]], []],
     [[], [[1, 0]]],
     [[[0, 3]], [[1], [4], [5]], []],
+    [[[0], "b.jpg"], ["a.jpg"], [[2], [1]]],
+    [["a.jpg"], [[1, 0]]],
     [[[0, 1, 2], [3]], [[1, 4], [5]], [[5, 6]]],  # a sampler that fills up: rows 1 and 5 are there twice
 ]
 
@@ -165,10 +170,13 @@ def test_evaluation_has_each_row_once_and_in_order_on_the_first_process(together
     cases = [shares for shares in BATCHES if len(shares) == len(together)]
     for number, shares in enumerate(cases):
         results = [evaluated[number] for _, evaluated in together]
-        rows = sorted({row for batches in shares for batch in batches for row in batch})
-        first, *others = [columns for columns, _ in results]
+        batches = [batch for share in shares for batch in share]
+        rows = sorted({row for batch in batches if isinstance(batch, list) for row in batch})
+        first, *others = [columns for columns, _, _ in results]
         assert first == plain(answers_of(rows))
         assert others == [None] * (len(shares) - 1)
+        unreadable = [batch for batch in batches if isinstance(batch, str)]
+        assert [told for _, told, _ in results] == [unreadable] * len(shares)
         # Every process asks equally often whether to stop; else one would wait for the others for ever.
-        assert {calls for _, calls in results} == {max(len(batches) for batches in shares)}
+        assert {calls for _, _, calls in results} == {max(len(batches) for batches in shares)}
     assert cases

@@ -56,8 +56,8 @@ class ImageTextDataset(Dataset[Item]):
         self.data_path = os.fspath(data_path)
         self.image_path = self.data_path if image_path is None else os.fspath(image_path)
         self.table, self.transform, self.num_max_bpe_tokens, self.seed = table, transform, num_max_bpe_tokens, seed
-        # Training may go on without pictures that cannot be read; evaluation never does.
-        self.skip_bad_images = False
+        # Training may pass over pictures that cannot be read; evaluation tells of them when it has seen all others.
+        self.skip_bad_images = self.report_bad_images = False
         # In shared memory: workers that live through many epochs see the number change.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
@@ -83,11 +83,17 @@ class ImageTextDataset(Dataset[Item]):
         self._epoch.fill_(epoch)
 
     def __getitem__(self, row: int) -> Item:
-        """The example of a row; with `skip_bad_images`, that of another row where the picture cannot be read.
+        """The example of a row; where its picture cannot be read, BadImageError.
 
-        Which row depends on (seed, epoch, row) alone; "bad_images" then counts the pictures passed over.
+        With `report_bad_images` instead nothing but "unreadable", which says why. With `skip_bad_images` the example of
+        another row, which depends on (seed, epoch, row) alone; "bad_images" then counts the pictures passed over.
         """
         self.check_row(row)
+        if self.report_bad_images:
+            try:
+                return self.example(row)
+            except BadImageError as error:
+                return {"unreadable": str(error)}
         if not self.skip_bad_images:
             return self.example(row)
         rng = np.random.default_rng([self.seed, self.epoch, row, SUBSTITUTE])

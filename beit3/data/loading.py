@@ -92,8 +92,14 @@ class EvaluationSampler(Sampler[list[int]]):
 
 
 def _collate(collate: Callable[[Sequence[Item]], dict[str, Tensor]], items: Sequence[Item]) -> dict[str, Any]:
-    batch: dict[str, Any] = collate(items)
-    if "bad_images" in items[0]:
+    """A batch of the items that could be read; what was wrong with the others is its "unreadable"."""
+    unreadable = [item["unreadable"] for item in items if "unreadable" in item]
+    if unreadable:
+        items = [item for item in items if "unreadable" not in item]
+    batch: dict[str, Any] = collate(items) if items else {}
+    if unreadable:
+        batch["unreadable"] = unreadable
+    elif "bad_images" in items[0]:
         batch["bad_images"] = sum(item["bad_images"] for item in items)
     return batch
 

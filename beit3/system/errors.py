@@ -36,6 +36,10 @@ class BadImageError(RuntimeError):
     """A picture that is missing or cannot be decoded; the message names the file, the row and the index line."""
 
 
+class UnreadableError(BadImageError):
+    """Pictures that evaluation could not read, told on all processes when all others have been looked at."""
+
+
 class CheckpointError(RuntimeError):
     """A checkpoint that could not be written; the message names it and says what became of the older ones."""
 
