@@ -61,7 +61,7 @@ def train(settings: Settings, process: utils.Process, stop: utils.StopSignal) ->
     assembly.check_data(settings, process, task, train_set, val_set)
     sampler = assembly.training_sampler(settings, train_set, process)
     fingerprint = state.make_fingerprint(settings, task, process, train_set, val_set)
-    keeping = state.what_is_kept(settings, fingerprint)
+    keeping = state.what_is_kept(settings, task, fingerprint, sampler.steps_per_epoch)
     resume_from = state.find_resumable(keeping, process)
 
     # What learns.
@@ -99,7 +99,7 @@ def train(settings: Settings, process: utils.Process, stop: utils.StopSignal) ->
         sampler=sampler,
         loader=assembly.make_loader(settings, train_set, sampler, process),
         val_loader=assembly.evaluation_loader(settings, val_set, process),
-        schedule=assembly.make_schedule(settings, steps),
+        schedule=assembly.make_schedule(settings.optimizer, steps),
         update_freq=settings.optimizer.update_freq,
         seed=settings.data.seed,
         after_step=after_step,

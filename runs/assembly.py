@@ -29,7 +29,7 @@ from modeling_finetune import BEiT3Model
 from optim_factory import cosine_schedule, create_optimizer, parameter_groups
 from runs import output_folder
 from runs.command_line import other_tokenizer
-from runs.settings import Settings
+from runs.settings import OptimizerSettings, Settings
 from runs.together import refuse_together
 from tasks.base import Columns, Task, make_task
 
@@ -241,13 +241,12 @@ def build_average(settings: Settings, backend: Backend) -> ModelEma | None:
     return ModelEma(backend.full_parameters(), model.model_ema_decay, model.model_ema_force_cpu)
 
 
-def make_schedule(settings: Settings, steps_per_epoch: int) -> list[float]:
-    """Learning rate of every step of the whole run."""
-    optimizer = settings.optimizer
+def make_schedule(optimizer: OptimizerSettings, steps_per_epoch: int, epochs: int | None = None) -> list[float]:
+    """Learning rate of every step of the whole run; epochs: None: as many as the settings say."""
     return cosine_schedule(
         optimizer.lr,
         optimizer.min_lr,
-        epochs=optimizer.epochs,
+        epochs=optimizer.epochs if epochs is None else epochs,
         steps_per_epoch=steps_per_epoch,
         warmup_epochs=optimizer.warmup_epochs,
         warmup_steps=optimizer.warmup_steps,

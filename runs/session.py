@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 import utils
+from beit3.data import decoder_warnings
 from beit3.system.errors import BadImageError, CheckpointError, InputError
 from runs import cause
 from runs.output_folder import Lock, why_not_writable
@@ -84,7 +85,9 @@ def _run(settings: Settings, body: Body) -> int:
         if keeps_nothing:
             logger.warning("--output_dir '': no checkpoint and no log of this training will be kept")
         try:
-            return body(settings, process, stop)
+            status = body(settings, process, stop)
+            tell_of_damaged_pictures(process)
+            return status
         except utils.StopRequested as request:
             goes_on = kept_in is not None and flags.save_ckpt
             logger.info("%s%s", request, "; the same command goes on from here" if goes_on else "")
@@ -93,6 +96,13 @@ def _run(settings: Settings, body: Body) -> int:
             stop.release()
             if keeps_nothing:
                 logger.warning("--output_dir '': nothing of this training was kept")
+
+
+def tell_of_damaged_pictures(process: utils.Process) -> None:
+    """How many pictures were read although they are damaged; each was named, but that was long ago. Collective."""
+    damaged = sum(utils.gather(decoder_warnings.count()))
+    if damaged and process.is_main:
+        logger.warning("%d damaged pictures were read all the same; the log names the first of them", damaged)
 
 
 def check_output(output_dir: str) -> None:

@@ -5,9 +5,12 @@ What a checkpoint file is, is in `beit3.training.checkpoints`; here is which one
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import json
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +28,7 @@ from beit3.training.checkpoints import (
     damage,
     differences,
     errors_named,
+    position_of,
     prune,
     read_fingerprint,
     remove_unfinished,
@@ -32,6 +36,7 @@ from beit3.training.checkpoints import (
 )
 from beit3.training.ema import ModelEma
 from engine_for_finetuning import EpochState, Validation
+from runs.assembly import make_schedule
 from runs.settings import Settings
 from runs.together import refuse_together
 from tasks.base import Task
@@ -41,6 +46,7 @@ logger = logging.getLogger(__name__)
 # Flags that decide steps and came later, with the value that says what runs did before; "--flag" → value.
 CAME_LATER = {"--new_head": False}
 STEPS_VERSION = "version of the task's steps"  # in a fingerprint's recipe
+HEAD = "meaning of the head"  # in a fingerprint's data, since 2026-11; earlier ones say nothing of it
 
 
 @dataclass
@@ -67,6 +73,8 @@ class Keeping:
         resume: the checkpoint to go on from; None: the newest in the folder, if `auto_resume`.
         force: go on although data or recipe changed.
         fingerprint: what must be the same, see `beit3.training.checkpoints`.
+        tokenizer: where the run's tokenizer comes from; None where it has no text.
+        learning_rates: number of epochs → those of every step, were the run planned for so many.
         suffix: of the backend's checkpoints.
         any_world_size: whether the backend's checkpoints can go on with another number of processes.
     """
@@ -77,11 +85,13 @@ class Keeping:
     auto_resume: bool
     force: bool
     fingerprint: Mapping[str, Any]
+    tokenizer: str | None
+    learning_rates: Callable[[int], Sequence[float]]
     suffix: str
     any_world_size: bool
 
 
-def what_is_kept(settings: Settings, fingerprint: dict[str, Any]) -> Keeping:
+def what_is_kept(settings: Settings, task: Task, fingerprint: dict[str, Any], steps_per_epoch: int) -> Keeping:
     run, deepspeed = settings.run, settings.deepspeed
     return Keeping(
         folder=Path(run.output_dir) if run.output_dir and run.save_ckpt else None,
@@ -90,6 +100,8 @@ def what_is_kept(settings: Settings, fingerprint: dict[str, Any]) -> Keeping:
         auto_resume=run.auto_resume,
         force=run.force_resume,
         fingerprint=fingerprint,
+        tokenizer=task.tokenizer.path if settings.task.uses_text else None,
+        learning_rates=functools.partial(make_schedule, settings.optimizer, steps_per_epoch),
         suffix="" if deepspeed.enable_deepspeed else PlainBackend.suffix,
         any_world_size=not deepspeed.enable_deepspeed or deepspeed.zero_stage == 0,
     )
@@ -108,13 +120,15 @@ def make_fingerprint(
     recipe["precision"] = choose_precision(settings.run.precision, process.device)
     recipe["pairs per step"] = optimizer.batch_size * optimizer.update_freq * process.world_size
     recipe[STEPS_VERSION] = settings.task.steps_version
-    tokenizer = {"tokenizer": task.tokenizer.sha256} if settings.task.uses_text else {}
+    meaning = {"tokenizer": task.tokenizer.sha256} if settings.task.uses_text else {}
+    if head := task.describe():  # the answers' texts are in no index file
+        meaning[HEAD] = hashlib.sha256(json.dumps(head, sort_keys=True).encode()).hexdigest()
     return {
         "format": FORMAT,
         "versions": versions(),
         "world_size": process.world_size,
         "recipe": recipe,
-        "data": {"training data": train_set.digest, "validation data": val_set.digest, **tokenizer},
+        "data": {"training data": train_set.digest, "validation data": val_set.digest, **meaning},
     }
 
 
@@ -165,7 +179,7 @@ def _why_not(keeping: Keeping, path: Path) -> list[str]:
     if made["format"] == 1:
         made = _of_first_format(made, now)
     before = {name: value for name, value in CAME_LATER.items() if name in now["recipe"]}
-    made = {**made, "recipe": {**before, **made["recipe"]}}
+    made = {**made, "recipe": {**before, **made["recipe"]}, "data": {**_head_of(now), **made["data"]}}
     if made["versions"] != now["versions"]:
         logger.warning("%s: made with %s, this is %s; last digits may differ", path, made["versions"], now["versions"])
     deepspeed_then, deepspeed_now = path.is_dir(), not keeping.suffix
@@ -180,12 +194,45 @@ def _why_not(keeping: Keeping, path: Path) -> list[str]:
             f"--finetune {path} and another --output_dir"
         )
     changed = differences(made, now)
-    if changed and not keeping.force:
+    if changed.keys() == {"--epochs"} and _same_so_far(keeping, made["recipe"]["--epochs"], path):
+        logger.info("%s: %s; all learning rates so far are the same", path, changed["--epochs"])
+    elif changed and not keeping.force:
         problems.append(
-            f"{path}: belongs to another run: {'; '.join(changed)}. Choose another --output_dir, or add --force_resume "
-            "to go on all the same"
+            f"{path}: belongs to another run: {'; '.join(changed.values())}. {_advice(keeping, changed, path)}Choose "
+            "another --output_dir, or add --force_resume to go on all the same"
         )
     return problems
+
+
+def _same_so_far(keeping: Keeping, epochs: int, path: Path) -> bool:
+    """Whether a run planned for so many epochs took the steps up to its checkpoint that this one would have taken.
+
+    It did in the warm-up, which does not depend on the number of epochs, and where the learning rate is constant.
+    """
+    position = position_of(path, keeping.suffix)
+    if position is None:
+        return False
+    then, now = keeping.learning_rates(epochs), keeping.learning_rates(keeping.fingerprint["recipe"]["--epochs"])
+    epoch, step = position
+    done = epoch * (len(then) // epochs) + step
+    return done <= len(now) and then[:done] == now[:done]
+
+
+def _advice(keeping: Keeping, changed: Mapping[str, str], path: Path) -> str:
+    """What a user should know of some changes; ends with a space where there is anything."""
+    said = ""
+    if "--epochs" in changed:
+        said += (
+            "The learning rate falls over all epochs, so another number of them is another run: to train further from "
+            f"what this one has learned, give {path.parent / 'checkpoint-best'} to --finetune. "
+        )
+    if "tokenizer" in changed:
+        said += f"The tokenizer of the run is kept in its checkpoint; this one is {keeping.tokenizer}. "
+    return said
+
+
+def _head_of(now: Mapping[str, Any]) -> dict[str, Any]:
+    return {HEAD: now["data"][HEAD]} if HEAD in now["data"] else {}
 
 
 def _of_first_format(made: dict[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Checkpoints are complete or absent, and only complete ones of the same run are gone on from."""
 
+import functools
 import json
 import os
 import signal
@@ -22,8 +23,10 @@ from beit3.training.checkpoints import (
     replace_folder,
     write_manifest,
 )
+from runs.assembly import make_schedule
 from runs.log import write_log
-from runs.state import Keeping, find_resumable
+from runs.settings import OptimizerSettings
+from runs.state import HEAD, Keeping, find_resumable
 from tests.test_backends import make, take_steps
 from utils import Process
 
@@ -58,7 +61,8 @@ def kind(request):
 
 
 def keeping(folder, suffix, **changes):
-    settings = Keeping(folder, 0, None, True, False, FINGERPRINT, suffix, any_world_size=False)
+    learning_rates = functools.partial(make_schedule, OptimizerSettings(warmup_epochs=1), 6)
+    settings = Keeping(folder, 0, None, True, False, FINGERPRINT, "b.spm", learning_rates, suffix, any_world_size=False)
     return replace(settings, **changes)
 
 
@@ -129,6 +133,35 @@ def test_the_checkpoint_asked_for_is_taken_rather_than_the_newest(tmp_path, kind
     next(harms(asked))[1]()
     with pytest.raises(InputError, match="checkpoint-3"):
         find_resumable(keeping(tmp_path, kind, resume=asked), ALONE)
+
+
+def test_another_number_of_epochs_goes_on_where_it_changes_no_step_that_was_taken(tmp_path, kind):
+    """In the warm-up and after it; half a cosine over three epochs is another one than over two."""
+    longer = keeping(tmp_path, kind, fingerprint={**FINGERPRINT, "recipe": {"--lr": 0.1, "--epochs": 5}})
+    for name in ("checkpoint-0-4", "checkpoint-0"):
+        path = WRITERS[kind](tmp_path, name)
+        assert find_resumable(longer, ALONE) == path
+    WRITERS[kind](tmp_path, "checkpoint-1-1")  # the step after the warm-up has its learning rate
+    assert find_resumable(longer, ALONE) is not None
+    WRITERS[kind](tmp_path, "checkpoint-1-2")
+    with pytest.raises(InputError, match=r"--epochs was 3, is 5.*another run.*checkpoint-best to --finetune"):
+        find_resumable(longer, ALONE)
+    constant = functools.partial(make_schedule, OptimizerSettings(warmup_epochs=1, lr=1e-3, min_lr=1e-3), 6)
+    assert find_resumable(replace(longer, learning_rates=constant), ALONE) is not None
+    shorter = {**FINGERPRINT, "recipe": {"--lr": 0.1, "--epochs": 1}}  # which has no steps 6 and 7
+    with pytest.raises(InputError, match="--epochs was 3, is 1"):
+        find_resumable(replace(longer, learning_rates=constant, fingerprint=shorter), ALONE)
+
+
+def test_a_tokenizer_or_head_that_changed_is_named(tmp_path, kind):
+    path = WRITERS[kind](tmp_path, "checkpoint-0", fingerprint={**FINGERPRINT, "data": {"tokenizer": "abc", HEAD: "x"}})
+    now = {**FINGERPRINT, "data": {"tokenizer": "xyz", HEAD: "y"}}
+    with pytest.raises(InputError, match=r"meaning of the head was x, is y.*in its checkpoint; this one is b\.spm"):
+        find_resumable(keeping(tmp_path, kind, fingerprint=now), ALONE)
+    # A checkpoint of before this was written down says nothing of it.
+    now = {**FINGERPRINT, "data": {"tokenizer": "abc", HEAD: "y"}}
+    WRITERS[kind](tmp_path, "checkpoint-1")
+    assert find_resumable(keeping(tmp_path, kind, fingerprint=now), ALONE) == path.with_name(f"checkpoint-1{kind}")
 
 
 def test_a_changed_recipe_or_data_is_refused_naming_what_changed_unless_forced(tmp_path, kind):

@@ -21,6 +21,8 @@ from beit3.data import decoder_warnings, images
 from beit3.data.augmentation import resize
 from beit3.data.images import ImageError, decode_image, normalize, screen_images
 from beit3.system.errors import printable
+from runs.session import tell_of_damaged_pictures
+from utils import Process
 
 
 def _gradient(width: int = 40, height: int = 30) -> Image.Image:
@@ -448,6 +450,17 @@ def test_a_damaged_jpeg_that_pillow_reads_is_read_and_named_once(
     assert "damaged\\x1b[2J.jpg: damaged, read all the same (Corrupt JPEG data: " in message and warning in message
     assert decoder_warnings.count() == 1
     assert "JPEG" not in capfd.readouterr().err
+
+
+def test_the_end_of_a_run_says_how_many_pictures_were_damaged(caplog, no_picture_warned_of):
+    process = Process(0, 1, 0, torch.device("cpu"))
+    tell_of_damaged_pictures(process)
+    assert not caplog.records
+    for name in ("a.jpg", "b.jpg", "a.jpg"):
+        decoder_warnings.tell(name, ["Corrupt JPEG data: x"])
+    caplog.clear()
+    tell_of_damaged_pictures(process)
+    assert caplog.messages == ["2 damaged pictures were read all the same; the log names the first of them"]
 
 
 def test_sound_pictures_and_refused_ones_are_not_counted_as_damaged(tmp_path, caplog, no_picture_warned_of):

@@ -105,7 +105,9 @@ def test_a_run_does_not_go_on_with_another_value_of_a_flag_that_decides_its_step
     if each.name == "input_size":
         argv += ["--vocab_size", "100"]
     message = resumed(task, *argv)
-    if each.name == "enable_deepspeed":
+    if each.name == "epochs":  # the run stands at the end of its warm-up, which is the same
+        assert message is None
+    elif each.name == "enable_deepspeed":
         assert "made without --enable_deepspeed, this run is with" in message
     else:
         assert f"--{each.name} was " in message

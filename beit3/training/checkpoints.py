@@ -101,15 +101,15 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), "torch": str(torch.__version__)}
 
 
-def differences(made: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What of recipe and data changed between two fingerprints, one phrase each."""
-    changed = []
+def differences(made: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
+    """What of recipe and data changed between two fingerprints: name → a phrase."""
+    changed = {}
     for part in ("recipe", "data"):
         before, after = made.get(part, {}), now.get(part, {})
         for name in sorted(before.keys() | after.keys()):
             old, new = before.get(name), after.get(name)
             if old != new:
-                changed.append(f"{name} was {_short(old)}, is {_short(new)}")
+                changed[name] = f"{name} was {_short(old)}, is {_short(new)}"
     return changed
 
 
