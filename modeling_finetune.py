@@ -1,24 +1,24 @@
 """The fine-tuning models of BEiT-3 and their registered names.
 
-`timm.create_model(name, vocab_size=…, drop_path_rate=…, checkpoint_activations=…)` builds one after
-`import modeling_finetune`. Names are `beit3_<size>_patch16_<pixels>_<suffix>`; parameter names, shapes and call
-signatures are those of the released models, so released weights load as they are.
+`create_model(name, vocab_size=…, drop_path_rate=…, checkpoint_activations=…)` builds one; `timm.create_model` does as
+well after `import modeling_finetune`. Names are `beit3_<size>_patch16_<pixels>_<suffix>`; parameter names, shapes and
+call signatures are those of the released models, so released weights load as they are.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from timm.models import register_model
 from torch import Tensor, nn
 
 from beit3.model.contrastive import contrastive_loss
 from beit3.model.encoder import BEiT3, EncoderConfig
 from beit3.model.names import REGISTERED, SIZES, model_name
+from beit3.system.late_import import when_imported
 
 # Learns the embedded demo from nothing: no weights are released for it.
 FROM_SCRATCH = {"tiny"}
@@ -308,14 +308,30 @@ def _entry_point(suffix: str, size: str, pixels: int) -> Callable[..., BEiT3Mode
     return build
 
 
-def _register_all() -> list[str]:
-    names = []
-    for suffix, variants in REGISTERED.items():
-        for size, pixels in variants:
-            build = _entry_point(suffix, size, pixels)
-            globals()[build.__name__] = register_model(build)
-            names.append(build.__name__)
-    return names
+def register(suffix: str, size: str, pixels: int) -> None:
+    """Make a model known to `create_model` and to timm."""
+    build = _entry_point(suffix, size, pixels)
+    BUILDERS[build.__name__] = globals()[build.__name__] = build
 
 
-MODEL_NAMES = _register_all()
+def create_model(name: str, **options: Any) -> BEiT3Model:
+    """The model of a registered name with fresh weights. Raises ValueError for a name that is not registered."""
+    if name not in BUILDERS:
+        raise ValueError(f"{name}: no such model; there are {', '.join(BUILDERS)}")
+    return BUILDERS[name](**options)
+
+
+def _register_with_timm() -> None:
+    from timm.models import register_model
+
+    for build in BUILDERS.values():
+        register_model(build)
+
+
+BUILDERS: dict[str, Callable[..., BEiT3Model]] = {}
+for _suffix, _variants in REGISTERED.items():
+    for _size, _pixels in _variants:
+        register(_suffix, _size, _pixels)
+MODEL_NAMES = list(BUILDERS)
+# Importing timm takes seconds, and nothing but its users needs it.
+when_imported("timm.models", _register_with_timm)

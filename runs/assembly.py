@@ -8,11 +8,9 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from torch.utils.data import DataLoader
 
-import modeling_finetune  # noqa: F401  registers the models
 import utils
 from beit3.data.image_text import ImageTextDataset
 from beit3.data.images import screen_images
@@ -25,7 +23,7 @@ from beit3.system.errors import InputError
 from beit3.training.backends import DTYPES, Backend, BackendSettings, PlainBackend, choose_precision
 from beit3.training.ema import ModelEma
 from beit3.training.memory_estimate import GIGABYTE, training_demand
-from modeling_finetune import BEiT3Model
+from modeling_finetune import BEiT3Model, create_model
 from optim_factory import cosine_schedule, create_optimizer, parameter_groups
 from runs import output_folder
 from runs.command_line import other_tokenizer
@@ -70,7 +68,7 @@ def build_model(settings: Settings, task: Task, checkpoint: Checkpoint | None, d
     # A head whose rows move has the size that the task wants; any other keeps that of the checkpoint.
     decides = {} if checkpoint is None or head_rows is not None else checkpoint.state_dict
     utils.seed_everything(settings.data.seed)
-    model: Any = timm.create_model(
+    model: Any = create_model(
         settings.model_name,
         vocab_size=model_settings.vocab_size,
         drop_path_rate=model_settings.drop_path,

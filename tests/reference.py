@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import timm
 import torch
 from torch import Tensor, nn
 
-import modeling_finetune  # noqa: F401  registers the models
+from modeling_finetune import create_model
 
 DATA = Path(__file__).parent / "data"
 MINI_COCO = DATA / "mini_coco"
@@ -37,7 +36,7 @@ def fill(model: nn.Module, seed: int = 0) -> None:
 
 
 def build(name: str, vocab_size: int = 1000, seed: int = 0, **options: Any) -> nn.Module:
-    model = timm.create_model(name, vocab_size=vocab_size, drop_path_rate=0.0, **options)
+    model = create_model(name, vocab_size=vocab_size, drop_path_rate=0.0, **options)
     fill(model, seed)
     return model.eval()
 

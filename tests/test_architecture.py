@@ -257,6 +257,14 @@ def test_mistakes_in_the_flags_are_told_without_pytorch():
     assert loaded_by("import run_beit3_finetuning as run; assert run.main(['--task', 'no_such']) == 2") == set()
 
 
+def test_of_the_libraries_that_take_long_to_load_a_run_loads_pytorch_alone():
+    """torchvision and timm take longer than PyTorch; what is used of them does without importing them."""
+    parts = "import runs.assembly, runs.session, runs.state, runs.log, datasets, modeling_finetune, tasks.base"
+    tasks = "from tasks import TASKS, imported, settings_of; [imported(settings_of(name).task) for name in TASKS]"
+    decoder = "from beit3.data import images; assert images._jpeg_decoder is not None"
+    assert loaded_by(f"{parts}; {tasks}; {decoder}") == {"torch"}
+
+
 def test_the_check_sees_a_library_loaded_by_others():
     assert "torch" in loaded_by("import optim_factory")
 

@@ -5,7 +5,6 @@ import math
 
 import numpy as np
 import pytest
-import timm
 import torch
 
 import modeling_finetune  # noqa: F401
@@ -13,6 +12,7 @@ from beit3.training.backends import BackendSettings, PlainBackend, choose_precis
 from beit3.training.deepspeed_backend import DeepSpeedBackend, engine_config
 from beit3.training.ema import ModelEma, applied_to
 from engine_for_finetuning import _spread_nan
+from modeling_finetune import create_model
 from optim_factory import create_optimizer, parameter_groups, set_learning_rate
 from tasks.vqav2.task import soft_answer_loss
 from tests import reference
@@ -24,7 +24,7 @@ STEPS, GLOBAL_BATCH = 10, 8
 
 def make(kind, **settings):
     torch.manual_seed(0)
-    model = timm.create_model("beit3_tiny_patch16_64_vqav2", vocab_size=60, num_classes=5)
+    model = create_model("beit3_tiny_patch16_64_vqav2", vocab_size=60, num_classes=5)
     reference.fill(model)
     groups = parameter_groups(model, weight_decay=0.05, task_head_lr_weight=2)
     optimizer = create_optimizer(groups, lr=1e-3, eps=1e-6)
@@ -91,7 +91,7 @@ def test_every_backend_takes_the_steps_of_one_plain_process(one_process_plain, s
 def train_captioning(process, kind, options):
     """Steps of the captioning model: a text row per picture, loss on the masked tokens."""
     torch.manual_seed(0)
-    model = timm.create_model("beit3_tiny_patch16_64_captioning", vocab_size=60)
+    model = create_model("beit3_tiny_patch16_64_captioning", vocab_size=60)
     reference.fill(model)
     optimizer = create_optimizer(parameter_groups(model, weight_decay=0.05), lr=1e-3, eps=1e-6)
     backend = BACKENDS[kind](model, optimizer, BackendSettings(**options))
@@ -184,7 +184,7 @@ def test_a_gradient_broken_on_one_process_skips_the_step_on_all(kind, stage, pre
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
 def test_a_broken_step_is_skipped_whatever_the_optimizer(name):
     torch.manual_seed(0)
-    model = timm.create_model("beit3_tiny_patch16_64_vqav2", vocab_size=60, num_classes=5)
+    model = create_model("beit3_tiny_patch16_64_vqav2", vocab_size=60, num_classes=5)
     optimizer = create_optimizer(parameter_groups(model, weight_decay=0.05), name, lr=1e-3)
     backend = PlainBackend(model, optimizer, BackendSettings(batch_size=8))
     for parameter in model.parameters():

@@ -5,17 +5,16 @@ import shutil
 from pathlib import Path
 
 import pytest
-import timm
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-import modeling_finetune  # noqa: F401  registers the models
 from beit3.data.tokenizer import Tokenizer
 from beit3.system.errors import InputError
 from beit3.system.flags import flags_of, values
 from datasets import EvaluationSampler, build_loader
 from engine_for_finetuning import evaluate, prepare
+from modeling_finetune import create_model
 from tasks.base import make_task
 from tasks.captioning.scores.scores import caption_metrics
 from tasks.captioning.settings import CaptioningSettings, NoCapsSettings
@@ -63,7 +62,7 @@ def problems(data_path, training, kind=CaptioningSettings, **changes):
 
 
 def tiny_model():
-    model = timm.create_model("beit3_tiny_patch16_64_captioning", vocab_size=88)
+    model = create_model("beit3_tiny_patch16_64_captioning", vocab_size=88)
     reference.fill(model)
     return model
 
@@ -199,7 +198,7 @@ def test_training_lowers_the_loss(coco):
     dataset = task.dataset("train", training=False)
     batch = prepare(dataset.collate([dataset[row] for row in range(4)]), task, CPU, torch.float32)
     torch.manual_seed(0)
-    model = timm.create_model("beit3_tiny_patch16_64_captioning", vocab_size=88)
+    model = create_model("beit3_tiny_patch16_64_captioning", vocab_size=88)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
     losses = []
     for step in range(25):

@@ -1,6 +1,9 @@
 """The five models against values of the released code, and the encoder against a slow one written straight down."""
 
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import timm
@@ -9,7 +12,7 @@ import torch.nn.functional as F
 
 from beit3.model.encoder import AttentionRule, BEiT3, EncoderConfig
 from beit3.model.recompute import recomputes
-from modeling_finetune import MODEL_NAMES
+from modeling_finetune import MODEL_NAMES, create_model
 from tests import reference
 
 
@@ -38,6 +41,18 @@ def test_names_and_shapes_are_those_of_the_released_model(name):
         model = timm.create_model(name)
     assert {key: list(value.shape) for key, value in model.state_dict().items()} == expected
     assert dict(model.named_parameters()).keys() == expected.keys()
+
+
+@pytest.mark.parametrize("order", ["timm, modeling_finetune", "modeling_finetune, timm"])
+def test_timm_builds_the_models_whichever_was_imported_first(order):
+    build = "timm.create_model('beit3_tiny_patch16_64_captioning', vocab_size=8)"
+    code = f"import {order}\nassert type({build}) is modeling_finetune.BEiT3ForCaptioning"
+    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent, check=True, timeout=120)
+
+
+def test_a_name_that_is_not_registered_is_refused_with_those_that_are():
+    with pytest.raises(ValueError, match=r"beit3_huge: no such model; there are beit3_tiny.*beit3_large"):
+        create_model("beit3_huge")
 
 
 def test_all_fifteen_released_names_are_registered():

@@ -9,7 +9,6 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from timm.models import register_model
 
 import modeling_finetune
 import run_beit3_finetuning as run
@@ -29,7 +28,7 @@ def one_line_more():
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(TASKS, "colour", "tests.toy_task:ColourSettings")
         patch.setitem(REGISTERED, "imageclassification", [("tiny", 64), *REGISTERED["imageclassification"]])
-        register_model(modeling_finetune._entry_point("imageclassification", "tiny", 64))
+        modeling_finetune.register("imageclassification", "tiny", 64)
         yield
 
 

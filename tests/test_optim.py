@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from modeling_finetune import create_model
 from optim_factory import cosine_schedule, create_optimizer, layer_id, lr_scale, parameter_groups, set_learning_rate
 from tasks.captioning.losses import drop_worst, masked_token_losses
 from tasks.vqav2.task import soft_answer_loss
@@ -35,7 +36,7 @@ def test_a_warm_up_longer_than_the_training_is_cut_and_one_of_nothing_starts_at_
 
 def test_groups_of_the_captioning_recipe_are_those_of_the_released_code():
     with torch.device("meta"):
-        model = reference.timm.create_model("beit3_base_patch16_224_captioning", vocab_size=1000)
+        model = create_model("beit3_base_patch16_224_captioning", vocab_size=1000)
     groups = parameter_groups(model, weight_decay=0.05, layer_decay=0.9)
     found = sorted(
         (g["weight_decay"], g["lr_scale"], len(g["params"]), sum(p.numel() for p in g["params"])) for g in groups
@@ -72,7 +73,7 @@ def test_the_head_weight_counts_without_layer_decay_only_and_not_for_the_pooler(
 
 def test_vqa_recipe_spares_norms_biases_positions_and_class_token_from_decay():
     with torch.device("meta"):
-        model = reference.timm.create_model("beit3_tiny_patch16_64_vqav2", vocab_size=100)
+        model = create_model("beit3_tiny_patch16_64_vqav2", vocab_size=100)
     groups = parameter_groups(model, weight_decay=0.01, layer_decay=1.0, task_head_lr_weight=20)
     decays = {name: group["weight_decay"] for group in groups for name in group["names"]}
     assert decays["beit3.encoder.embed_positions.A.weight"] == 0

@@ -18,6 +18,7 @@ import utils
 from beit3.model.weights import read_checkpoint, write_weights
 from beit3.system import machine
 from datasets import VQAv2Dataset
+from modeling_finetune import create_model
 from optim_factory import cosine_schedule
 from runs.command_line import read_settings
 from tests import reference
@@ -112,7 +113,7 @@ def test_training_leaves_checkpoints_a_log_and_tensorboard_files(trained):
         cosine_schedule(1e-3, 1e-6, epochs=2, steps_per_epoch=13, warmup_epochs=1)[-1]
     )
     assert 0 <= second["val_score"] <= 100
-    model = reference.timm.create_model("beit3_tiny_patch16_64_vqav2", vocab_size=100, num_classes=14)
+    model = create_model("beit3_tiny_patch16_64_vqav2", vocab_size=100, num_classes=14)
     assert second["n_parameters"] == sum(p.numel() for p in model.parameters())
 
 

@@ -6,7 +6,6 @@ import shutil
 from types import SimpleNamespace
 
 import pytest
-import timm
 import torch
 
 from beit3.data.tokenizer import Tokenizer
@@ -14,6 +13,7 @@ from beit3.system.errors import InputError
 from beit3.system.flags import flags_of
 from datasets import EvaluationSampler, build_loader
 from engine_for_finetuning import evaluate, prepare
+from modeling_finetune import create_model
 from tasks.base import make_task
 from tasks.settings import DataSettings
 from tasks.vqav2.settings import VQAv2Settings
@@ -164,7 +164,7 @@ def test_the_head_has_an_output_per_answer_or_those_of_the_weights(coco):
 
 
 def test_the_head_is_named_as_in_the_model(coco):
-    model = timm.create_model("beit3_tiny_patch16_64_vqav2", vocab_size=88, **vqa(coco).model_options({}))
+    model = create_model("beit3_tiny_patch16_64_vqav2", vocab_size=88, **vqa(coco).model_options({}))
     assert model.state_dict()[HEAD].shape[0] == 14
 
 
@@ -214,7 +214,7 @@ def test_prediction_sees_no_label_and_no_row(coco):
 def test_every_question_is_answered_once_whatever_the_batches(coco):
     task = vqa(coco)
     dataset = task.dataset("test-dev", training=False)
-    model = timm.create_model("beit3_tiny_patch16_64_vqav2", vocab_size=88, num_classes=14)
+    model = create_model("beit3_tiny_patch16_64_vqav2", vocab_size=88, num_classes=14)
     reference.fill(model)
     found = []
     for batch_size in (5, 28):

@@ -5,6 +5,7 @@ Nothing here knows what a picture is for; `beit3.data.augmentation` turns decode
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import logging
 import os
@@ -12,11 +13,11 @@ import stat
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 import torch
-import torchvision  # noqa: F401  registers torch.ops.image
 from PIL import Image, ImageFile, UnidentifiedImageError, features
 
 from beit3.data import decoder_warnings
@@ -143,12 +144,18 @@ def _find_jpeg_decoder() -> Callable[[torch.Tensor, int, bool], torch.Tensor] | 
     """torchvision's JPEG decoder, a third faster than Pillow's; None where a release of torchvision has none.
 
     Taken from beneath `torchvision.io.decode_jpeg` because that warns at every call since torchvision 0.29: it is to
-    be removed one day. Pillow does the work then.
+    be removed one day. Pillow does the work then. Its library alone is loaded, as `import torchvision` takes longer
+    than PyTorch itself.
     """
-    try:
-        return torch.ops.image.decode_jpeg
-    except (AttributeError, RuntimeError):
-        return None
+    found = importlib.util.find_spec("torchvision")  # looks for it, does not import it
+    for folder in (found.submodule_search_locations or ()) if found is not None else ():
+        for library in sorted(Path(folder).glob("image*.so")):
+            try:
+                torch.ops.load_library(str(library))
+                return torch.ops.image.decode_jpeg
+            except (AttributeError, OSError, RuntimeError):  # of another PyTorch, or without the decoder
+                continue
+    return None
 
 
 _jpeg_decoder = _find_jpeg_decoder()
