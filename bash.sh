@@ -21,7 +21,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/scripts/environment.sh"
 in_project use_environment requirements.txt $RUNTIME_MODULES
-choose_launcher
+choose_launcher "${root}run_beit3_finetuning.py"
 
 TASK=${TASK:-vqav2}
 if [ ! -f "$project/runs/recipes/$TASK.base.flags" ]; then

@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,14 +15,13 @@ from torch.utils.data import DataLoader
 
 import utils
 from beit3.data.image_text import ImageTextDataset
-from beit3.data.images import normalize
 from beit3.data.loading import EpochSampler
 from beit3.system.errors import UnreadableError
 from beit3.system.progress_bar import ProgressBar
 from beit3.training.backends import Backend
 from beit3.training.ema import ModelEma
 from optim_factory import set_learning_rate
-from tasks.base import Columns, Task
+from tasks.base import Columns, Scores, Task
 
 logger = logging.getLogger(__name__)
 
@@ -99,15 +98,6 @@ class EpochState:
         statistics = {name: Statistics.from_plain([each[name] for each in mine]) for name in ("whole", "recent")}
         bad_images = sum(each["bad_images"] for each in mine) if same or rank == 0 else 0
         return cls(**{**mine[0], **statistics, "bad_images": bad_images})
-
-
-def prepare(batch: Mapping[str, Tensor], task: Task, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-    """A batch on the device, its uint8 pictures (B, 3, H, W) normalised there."""
-    moved = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
-    for name, value in moved.items():
-        if value.dtype == torch.uint8 and value.ndim == 4:
-            moved[name] = normalize(value, task.image_mean, task.image_std, dtype)
-    return moved
 
 
 @dataclass
@@ -255,7 +245,7 @@ def _optimizer_step(run: TrainingRun, batches: Iterator[dict[str, Tensor]], step
         batch = next(batches)
         rows += batch["row"].tolist()
         bad_images += int(batch.pop("bad_images", 0))
-        batch = prepare(batch, run.task, device, backend.input_dtype)
+        batch = run.task.prepare(batch, device, backend.input_dtype)
         with backend.micro_step(last=micro == run.update_freq - 1):
             with backend.autocast():
                 outputs = run.task.training_step(backend.model, batch, step)
@@ -298,29 +288,36 @@ class Validation:
         score: the better one of the task's best metric; None when the right answers are not known.
         averaged: whether the averaged weights gave it.
         files: what the task keeps of it, name → JSON content; on the first process only.
+        calibration: what makes the confidences of these weights mean something, in plain values; on the first process
+            only, None where the task has none.
     """
 
     scores: dict[str, float]
     score: float | None
     averaged: bool
     files: Mapping[str, Any]
+    calibration: Mapping[str, float] | None = None
 
 
 def validate(run: TrainingRun, epoch: int) -> Validation:
     """Score the weights, and their average when one is kept. Collective."""
     metric = run.task.best_metric
-    scores, files = _score(run, f"validation after epoch {epoch}")
+    plain = _score(run, f"validation after epoch {epoch}")
     if run.ema is None:
-        return Validation(scores, scores.get(metric), False, files)
-    averaged, averaged_files = _score(run, f"validation of the average after epoch {epoch}", run.ema.averages)
-    better = metric in averaged and averaged[metric] > scores[metric]
-    every = {**scores, **{f"ema_{name}": value for name, value in averaged.items()}}
-    return Validation(every, (averaged if better else scores).get(metric), better, averaged_files if better else files)
+        return _as_validation(plain, plain.metrics, metric, averaged=False)
+    averaged = _score(run, f"validation of the average after epoch {epoch}", run.ema.averages)
+    better = metric in averaged.metrics and averaged.metrics[metric] > plain.metrics[metric]
+    every = {**plain.metrics, **{f"ema_{name}": value for name, value in averaged.metrics.items()}}
+    return _as_validation(averaged if better else plain, every, metric, averaged=better)
 
 
-def _score(
-    run: TrainingRun, what: str, averages: Mapping[str, Tensor] | None = None
-) -> tuple[dict[str, float], Mapping[str, Any]]:
+def _as_validation(best: Scores, every: dict[str, float], metric: str, averaged: bool) -> Validation:
+    calibration = None if best.calibration is None else best.calibration.to_plain()
+    return Validation(every, best.metrics.get(metric), averaged, best.files, calibration)
+
+
+def _score(run: TrainingRun, what: str, averages: Mapping[str, Tensor] | None = None) -> Scores:
+    """On processes other than the first it has the metrics alone."""
     backend = run.backend
     with backend.evaluation_model(averages) as model:
         columns, unreadable = evaluate(
@@ -336,12 +333,10 @@ def _score(
     if unreadable:  # a score without them would not compare with that of another epoch
         more = f" (and {len(unreadable) - 1} more)" if len(unreadable) > 1 else ""
         raise UnreadableError(f"{what}: {unreadable[0]}{more}; mend it, and the same command goes on from here")
-    metrics: dict[str, float] = {}
-    files: Mapping[str, Any] = {}
+    scores = Scores()
     if columns is not None:
         scores = run.task.score(columns, run.val_loader.dataset, "val", final=False)  # type: ignore[arg-type]
-        metrics, files = scores.metrics, scores.files
-    return utils.broadcast(metrics), files
+    return replace(scores, metrics=utils.broadcast(scores.metrics))
 
 
 def evaluate(
@@ -385,7 +380,7 @@ def evaluate(
             unreadable += batch.pop("unreadable", ())
             if batch:
                 rows = batch["row"]
-                batch = prepare(batch, task, process.device, input_dtype)
+                batch = task.prepare(batch, process.device, input_dtype)
                 with autocast():
                     predicted.append({"row": rows, **task.predict_step(model, batch)})
                 images += len(rows) * process.world_size

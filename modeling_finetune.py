@@ -14,10 +14,12 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from beit3.model.contrastive import contrastive_loss
 from beit3.model.encoder import BEiT3, EncoderConfig
 from beit3.model.names import REGISTERED, SIZES, model_name
+from beit3.model.weights import Checkpoint, LoadReport, load_weights
 from beit3.system.late_import import when_imported
 
 # Learns the embedded demo from nothing: no weights are released for it.
@@ -319,6 +321,30 @@ def create_model(name: str, **options: Any) -> BEiT3Model:
     if name not in BUILDERS:
         raise ValueError(f"{name}: no such model; there are {', '.join(BUILDERS)}")
     return BUILDERS[name](**options)
+
+
+class _Unfilled(TorchFunctionMode):
+    """What would fill tensors does nothing: those on the device "meta" have no values, and PyTorch loads its compiler to
+    find that out, which takes seconds."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        in_place = function.__name__.endswith("_") and not function.__name__.startswith(("_", "requires_grad"))
+        if in_place:
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **(kwargs or {}))
+
+
+def load_model(name: str, checkpoint: Checkpoint, **options: Any) -> tuple[BEiT3Model, LoadReport]:
+    """The model with a checkpoint's weights, to predict with; on the CPU, where they lie in the file that holds them.
+
+    No fresh weights are drawn for it and nothing is copied, so it is there in no time.
+
+    Raises:
+        InputError: weights are missing or do not fit.
+    """
+    with torch.device("meta"), _Unfilled():
+        model = create_model(name, **options)
+    return model.eval(), load_weights(model, checkpoint, new_head=False, assign=True)
 
 
 def _register_with_timm() -> None:

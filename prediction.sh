@@ -1,5 +1,8 @@
 #!/usr/bin/env bash
-# Answers the test questions and writes the submission for the VQA server.
+# Asks a model about pictures, or answers the test questions and writes the submission for the VQA server.
+#
+#   bash prediction.sh photo.jpg "What colour is the car?"         one picture
+#   bash prediction.sh photos/ "Is there a dog?" --output answers.csv    many; --help tells of tables and captions
 #
 #   DATA_PATH=/data/coco FINETUNE=output/checkpoint-best bash prediction.sh
 #                                                 your own checkpoint, which says all about itself
@@ -11,17 +14,36 @@
 #
 # DATA_PATH     folder with the pictures and the index files (dataset)
 # IMAGE_PATH    folder with the pictures, where they lie elsewhere (DATA_PATH)
-# FINETUNE      a fine-tuned checkpoint, released or your own
+# FINETUNE      a fine-tuned checkpoint, released or your own (for pictures: the newest checkpoint-best under output/)
 # SPM           the tokenizer (the checkpoint's own; beit3.spm for released ones)
+# ANSWERS       answer2label.txt, to ask a released checkpoint about pictures (that of DATA_PATH)
 # TASK, MODEL   where the checkpoint does not say, or nocaps with a captioning checkpoint
 # OUTPUT_DIR    where the submission goes (your_prediction)
 # GPUS, NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT, PYTHON    as in bash.sh
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/scripts/environment.sh"
 in_project use_environment requirements.txt $RUNTIME_MODULES
-choose_launcher
+case $(basename "${FINETUNE:-}") in
+    beit3_*.pth) # a released file holds no tokenizer and no answers
+        SPM=${SPM:-beit3.spm}
+        [ ! -e "${DATA_PATH:-dataset}/answer2label.txt" ] || ANSWERS=${ANSWERS:-${DATA_PATH:-dataset}/answer2label.txt}
+        ;;
+esac
 
 flags=()
+case ${1:-} in
+    -h | --help | [!-]*) # pictures; flags alone are those of run_beit3_finetuning.py
+        [[ " $* " == *" --output"* ]] || GPUS=1
+        choose_launcher -m inference
+        [ -z "${ANSWERS:-}" ] || flags+=(--answers "$ANSWERS")
+        [ -z "${SPM:-}" ] || flags+=(--tokenizer "$SPM")
+        [ -z "${TASK:-}" ] || flags+=(--task "$TASK")
+        [ -z "${FINETUNE:-}" ] || flags+=(--checkpoint "$FINETUNE")
+        exec "${launch[@]}" ${flags[@]+"${flags[@]}"} "$@"
+        ;;
+esac
+
+choose_launcher "${root}run_beit3_finetuning.py"
 released=beit3_base_patch16_480_vqa.pth
 if [ -z "${DATA_PATH:-}${FINETUNE:-}" ] && ! { [ -d dataset ] && [ -e "$released" ]; }; then
     demo=${TASK:-vqav2}
@@ -33,10 +55,9 @@ if [ -z "${DATA_PATH:-}${FINETUNE:-}" ] && ! { [ -d dataset ] && [ -e "$released
         exit 2
     fi
 fi
-FINETUNE=${FINETUNE:-$released}
-case $(basename "$FINETUNE") in
-    beit3_*.pth) SPM=${SPM:-beit3.spm} ;; # a released file holds no tokenizer
-esac
+if [ -z "${FINETUNE:-}" ]; then
+    FINETUNE=$released SPM=${SPM:-beit3.spm}
+fi
 [ -z "${TASK:-}" ] || flags+=(--task "$TASK")
 [ -z "${MODEL:-}" ] || flags+=(--model "$MODEL")
 [ -z "${SPM:-}" ] || flags+=(--sentencepiece_model "$SPM")

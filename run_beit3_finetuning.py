@@ -162,7 +162,7 @@ def predict(settings: Settings, process: utils.Process, stop: utils.StopSignal) 
         model,
         assembly.evaluation_loader(settings, dataset, process),
         process,
-        autocast=assembly.prediction_context(settings, process),
+        autocast=assembly.autocast(settings, process),
         what=f"predicting {split}",
         check_stop=stop.check,
     )

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import logging
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +18,16 @@ from beit3.model.compilation import compile_layers
 from beit3.model.description import FORMAT
 from beit3.model.weights import Checkpoint, load_weights, read_checkpoint
 from beit3.system.errors import InputError
-from beit3.training.backends import DTYPES, Backend, BackendSettings, PlainBackend, choose_precision
+from beit3.training.backends import Backend, BackendSettings, PlainBackend, choose_precision, prediction_context
 from beit3.training.ema import ModelEma
 from beit3.training.memory_estimate import GIGABYTE, training_demand
-from modeling_finetune import BEiT3Model, create_model
+from modeling_finetune import BEiT3Model, create_model, load_model
 from optim_factory import cosine_schedule, create_optimizer, parameter_groups
 from runs import output_folder
-from runs.command_line import other_tokenizer
 from runs.settings import OptimizerSettings, Settings
 from runs.together import refuse_together
 from tasks.base import Columns, Task, make_task
+from tasks.checkpoint import other_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +43,7 @@ def build_task(settings: Settings) -> Task:
         logger.info("tokenizer: the one that %s holds, SHA-256 %s", held_by, tokenizer.sha256[:12])
     if settings.checkpoint is not None:
         task.adopt(settings.checkpoint.description)
+        task.meet_data()
     return task
 
 
@@ -63,7 +62,10 @@ def build_model(settings: Settings, task: Task, checkpoint: Checkpoint | None, d
         problems = other_tokenizer(checkpoint.path, checkpoint.description, task.tokenizer, held=False)
         if problems:
             raise InputError(problems)
-    if checkpoint is not None and not settings.run.eval:
+    if settings.run.eval:
+        assert checkpoint is not None  # the command line sees to that
+        return _loaded_model(settings, task, checkpoint)
+    if checkpoint is not None:
         checkpoint, head_rows = task.starting_head(checkpoint)
     # A head whose rows move has the size that the task wants; any other keeps that of the checkpoint.
     decides = {} if checkpoint is None or head_rows is not None else checkpoint.state_dict
@@ -76,12 +78,20 @@ def build_model(settings: Settings, task: Task, checkpoint: Checkpoint | None, d
         **task.model_options(decides),
     )
     if checkpoint is not None:
-        report = load_weights(model, checkpoint, new_head=not settings.run.eval, head_rows=head_rows)
+        report = load_weights(model, checkpoint, new_head=True, head_rows=head_rows)
         logger.info("%s: %s", checkpoint.path, report)
-    if model_settings.compile and settings.run.eval:
-        logger.info("--compile is for training; prediction runs without")
-    elif model_settings.compile:
+    if model_settings.compile:
         compile_layers(model.beit3, device)
+    return model
+
+
+def _loaded_model(settings: Settings, task: Task, checkpoint: Checkpoint) -> BEiT3Model:
+    """The model to predict with."""
+    options = task.model_options(checkpoint.state_dict)
+    model, report = load_model(settings.model_name, checkpoint, vocab_size=settings.model.vocab_size, **options)
+    logger.info("%s: %s", checkpoint.path, report)
+    if settings.model.compile:
+        logger.info("--compile is for training; prediction runs without")
     return model
 
 
@@ -277,9 +287,6 @@ def announce_memory(settings: Settings, task: Task, model: BEiT3Model, process: 
         logger.warning("%s", advice)
 
 
-def prediction_context(settings: Settings, process: utils.Process) -> Any:
-    """Makes the context of a forward pass without a backend, in the precision of the run."""
-    precision = choose_precision(settings.run.precision, process.device)
-    if precision == "fp32":
-        return nullcontext
-    return functools.partial(torch.autocast, process.device.type, DTYPES[precision])
+def autocast(settings: Settings, process: utils.Process) -> Any:
+    """Makes the context of a forward pass in the precision of a prediction."""
+    return prediction_context(settings.run.precision, process.device)

@@ -15,11 +15,12 @@ from typing import Any
 
 from beit3.data.tokenizer import Tokenizer
 from beit3.model.description import About, about, answers_at_once
-from beit3.model.names import REGISTERED, name_by_shapes, names_with, pixels_of, suffix_by_shapes
+from beit3.model.names import REGISTERED, name_by_shapes, names_with, pixels_of
 from beit3.system.errors import InputError, printable
 from beit3.system.flags import Flag, Parser, flags_of, unknown_flags, values, without_values
 from runs.settings import CONCERNS, TITLES, ModelSettings, Settings
 from tasks import PLANNED, TASKS, settings_of
+from tasks.checkpoint import other_tokenizer, task_by_head
 from tasks.settings import DataSettings, TaskSettings
 
 # Flags of the released command line that do nothing here: values they take, and why.
@@ -204,8 +205,7 @@ class _Reader:
 
     def _task_by_head(self, checkpoint: About) -> str | None:
         """For a checkpoint that does not say its task: the first task whose models have this head."""
-        suffix = suffix_by_shapes(checkpoint.shapes)
-        name = next((name for name in TASKS if settings_of(name).model_suffix == suffix), None)
+        name = task_by_head(checkpoint.shapes)
         if name is not None:
             self.assumed += (f"{checkpoint.path} does not say its task; by its head it is --task {name}",)
         return name
@@ -340,24 +340,6 @@ class _Reader:
         except InputError as error:
             self.problems += error.problems
             return None
-
-
-def other_tokenizer(path: Path, description: Mapping[str, Any], tokenizer: Tokenizer, held: bool) -> list[str]:
-    """The problem that a checkpoint was made with another tokenizer; none where it was not, or does not say.
-
-    held: whether the tokenizer is the checkpoint's own.
-    """
-    stated = description.get("tokenizer_sha256")
-    if stated in (None, tokenizer.sha256):
-        return []
-    made = f"{path}: made with the tokenizer of SHA-256 {printable(str(stated))[:12]}…"
-    here = f"{tokenizer.sha256[:12]}…"
-    if held:
-        return [f"{made}, the one it holds is {here}; give the right one as --sentencepiece_model"]
-    return [
-        f"{made}, the command line says --sentencepiece_model {tokenizer.path}, which is {here}: the same number would "
-        "mean another word. Leave it out where the checkpoint holds its tokenizer, or name that file"
-    ]
 
 
 def _without_followers(problems: list[str], unread: set[str]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
 import os
@@ -142,6 +143,7 @@ def write_results(
         file = keep_json(folder, f"{name}.json" if well else f"{name}.incomplete.json", submission)
         well = well and file.parent == folder
         logger.info("%s: %d predictions", file, len(submission))
+    keep_rows(folder, "predictions.jsonl", task.predictions(columns, dataset))
     remark = task.remark(split)
     if remark is not None:
         logger.warning("%s", remark)
@@ -162,6 +164,17 @@ def write_results(
         logger.info("%s", line)
     logger.info("scores written to %s", file)
     return well and file.parent == folder
+
+
+def keep_rows(folder: Path, name: str, rows: Iterator[Mapping[str, Any]]) -> None:
+    """Write a file with a line of JSON per row, where there are rows; it only tells, so nothing ends where it fails."""
+    first = next(rows, None)
+    if first is None:
+        return
+    with _only_tells(folder / name) as path, atomic_write(path) as file:
+        for row in itertools.chain([first], rows):
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        logger.info("%s: each answer with its confidence or score", path)
 
 
 def keep_json(folder: Path, name: str, content: Any, indent: int | None = None) -> Path:

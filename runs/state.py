@@ -317,6 +317,8 @@ class Keeper:
             self.task.best_metric: validation.score,
             "from": "average" if validation.averaged else "weights",
         }
+        if validation.calibration is not None:
+            facts["calibration"] = dict(validation.calibration)
         averages = self.ema.averages if self.ema is not None and validation.averaged else None
         self._write_weights("checkpoint-best", {"", self.keeping.suffix}, facts, averages)
 

@@ -59,12 +59,16 @@ run_module() {
     PYTHONPATH=$project${PYTHONPATH:+:$PYTHONPATH} "$PYTHON" -m "$@"
 }
 
-# Leaves in $GPUS the number of processes on this machine and in the array launch the start of the command: the program
-# alone for one process, torchrun in front for several (in `runs.launch`, which ends with the cause and not a traceback).
+# Leaves in $GPUS the number of processes on this machine and in the array launch the start of the command, which ends
+# with the arguments: alone for one process, torchrun in front for several (in `runs.launch`, which ends with the cause
+# and not a traceback).
 choose_launcher() {
+    if [ -z "${GPUS:-}" ] && ! compgen -G '/dev/nvidia[0-9]*' > /dev/null && [ ! -e /dev/kfd ] && [ ! -e /dev/dxg ]; then
+        GPUS=1 # no driver of a GPU; asking PyTorch takes seconds
+    fi
     GPUS=${GPUS:-$("$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))')}
-    launch=("$PYTHON")
-    local several=(env "PYTHONPATH=$project${PYTHONPATH:+:$PYTHONPATH}" "$PYTHON" -m runs.launch)
+    launch=(env "PYTHONPATH=$project${PYTHONPATH:+:$PYTHONPATH}" "$PYTHON")
+    local several=("${launch[@]}" -m runs.launch)
     if [ "${NNODES:-1}" != 1 ]; then
         launch=("${several[@]}" --nproc_per_node "$GPUS" --nnodes "$NNODES"
             --node_rank "${NODE_RANK:?set NODE_RANK, 0 on the first machine}"
@@ -72,7 +76,7 @@ choose_launcher() {
     elif [ "$GPUS" != 1 ]; then
         launch=("${several[@]}" --nproc_per_node "$GPUS" --standalone)
     fi
-    launch+=("${root}run_beit3_finetuning.py")
+    launch+=("$@")
 }
 
 # The tasks that have a published recipe.

@@ -8,20 +8,39 @@ processes, and scores can be tested without a model.
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from beit3.data.augmentation import EvalTransform, TrainTransform
 from beit3.data.image_text import ImageTextDataset
+from beit3.data.images import normalize
 from beit3.data.tokenizer import Tokenizer
 from beit3.model.weights import Checkpoint, HeadRows
+from tasks.calibration import UNCALIBRATED, Calibration
 from tasks.settings import DataSettings, TaskSettings
 
 # What was predicted: name → one entry per example, a tensor (N, …) on the CPU or a list. "row" (N,) is always there.
 Columns = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """confidence: how likely it is right, in [0, 1]; see `Task.calibration`."""
+
+    text: str
+    confidence: float
+
+
+@dataclass(frozen=True)
+class Caption:
+    """score: what the search ranked it by, below 0; see `generate`. Only those of one picture compare."""
+
+    text: str
+    score: float
 
 
 @dataclass(frozen=True)
@@ -33,12 +52,14 @@ class Scores:
         report: all of it in values that JSON knows; None when the right answers are not known.
         lines: the report as a person reads it.
         files: what else is kept, name without ending → JSON content.
+        calibration: what makes confidences mean something, fitted to these rows; goes into the checkpoint.
     """
 
     metrics: dict[str, float] = field(default_factory=dict)
     report: dict[str, Any] | None = None
     lines: Sequence[str] = ()
     files: Mapping[str, Any] = field(default_factory=dict)
+    calibration: Calibration | None = None
 
 
 class Task(abc.ABC):
@@ -51,6 +72,8 @@ class Task(abc.ABC):
     causal_text: ClassVar[bool] = False  # how its model calls the encoder
     image_mean: ClassVar[float] = 0.5
     image_std: ClassVar[float] = 0.5
+    calibration: Calibration = UNCALIBRATED
+    alternatives: int = 1  # that a task which searches is to tell of each picture
 
     def __init__(self, settings: Any, data: DataSettings, tokenizer: Tokenizer | None) -> None:
         self.settings: Any = settings
@@ -85,8 +108,16 @@ class Task(abc.ABC):
         """What the head means, in plain values; stored in every checkpoint."""
         return {}
 
-    def adopt(self, description: Mapping[str, Any]) -> None:  # noqa: B027  a head may mean nothing of its own
+    def adopt(self, description: Mapping[str, Any]) -> None:
         """Take over what a checkpoint says of its head; called before prediction. Empty for files made elsewhere."""
+        self.calibration = Calibration.from_plain(description.get("calibration")) or UNCALIBRATED
+
+    def meet_data(self) -> None:  # noqa: B027  a head may mean nothing of its own
+        """Compare what the checkpoint said of its head with the data folder; warns of what differs.
+
+        Raises:
+            InputError: neither says what is needed.
+        """
 
     def text_tokens(self) -> int:
         """Tokens of text that go through the encoder with each training picture, at most."""
@@ -101,6 +132,14 @@ class Task(abc.ABC):
     def output_values(self, model: Any) -> int:
         """Values that the model gives out for each training picture, at most."""
 
+    def prepare(self, batch: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+        """A batch on the device, its uint8 pictures (B, 3, H, W) normalised there."""
+        moved = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+        for name, value in moved.items():
+            if value.dtype == torch.uint8 and value.ndim == 4:
+                moved[name] = normalize(value, self.image_mean, self.image_std, dtype)
+        return moved
+
     @abc.abstractmethod
     def training_step(self, model: nn.Module, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
         """{"loss": (), and whatever else is worth a line in the log}."""
@@ -111,6 +150,15 @@ class Task(abc.ABC):
 
         A column "finite", bool (B,) on the device, says whether what the model computed for an example are numbers;
         evaluation takes it off and ends with an error where they are not."""
+
+    def told(self, columns: Columns) -> list[list[Answer]] | list[list[Caption]]:
+        """What `predict_step` said of each row as people read it, the best first."""
+        raise NotImplementedError(f"{self.name} has nothing to tell of a single picture")
+
+    def predictions(self, columns: Columns, dataset: ImageTextDataset) -> Iterator[dict[str, Any]]:
+        """A row of `predictions.jsonl` for each row that was predicted: picture, question, what was said, what is
+        right. Empty for a task that keeps none."""
+        return iter(())
 
     @abc.abstractmethod
     def score(self, columns: Columns, dataset: ImageTextDataset, split: str, final: bool) -> Scores:

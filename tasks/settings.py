@@ -87,6 +87,7 @@ class TaskSettings:
         model_suffix: of the registered model names, see `beit3.model.names`.
         splits: what `--eval` can predict.
         uses_text: whether there is a tokenizer.
+        asks: whether people ask a question of a picture.
         steps_version: higher than before when a training step computes other bits; runs of another one cannot go on.
         published: values of flags that a released checkpoint was trained with and cannot say.
     """
@@ -97,6 +98,7 @@ class TaskSettings:
     model_suffix: ClassVar[str]
     splits: ClassVar[tuple[str, ...]]
     uses_text: ClassVar[bool] = True
+    asks: ClassVar[bool] = False
     steps_version: ClassVar[int] = 1
     published: ClassVar[Mapping[str, Any]] = {}
 
@@ -107,6 +109,15 @@ class TaskSettings:
     def index_fit(self, data: DataSettings, training: bool, tokenizer: tuple[str, str] | None) -> list[Fit]:
         """How the index files fit what is there now. tokenizer: its name for people and its SHA-256."""
         return []
+
+    def head_said(
+        self, description: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], answers: Path | None
+    ) -> tuple[dict[str, Any], list[str]]:
+        """What the head of a checkpoint means, as parts of its description, and what is wrong or missing.
+
+        shapes: of the checkpoint's parameters. answers: a file of the user's that says it; None: the checkpoint does.
+        """
+        return {}, [] if answers is None else [f"--answers {answers}: a model for {self.name} has no list of answers"]
 
     @classmethod
     def make_index(cls, data_path: Path, tokenizer: str, image_path: Path | None = None) -> None:

@@ -18,7 +18,7 @@ LEVELS = [
     {"beit3"},
     {"utils", "modeling_finetune", "optim_factory"},
     {"tasks"},
-    {"datasets", "engine_for_finetuning"},
+    {"datasets", "engine_for_finetuning", "inference"},
     {"runs"},
     {"run_beit3_finetuning"},
     {"demo", "docs", "scripts"},

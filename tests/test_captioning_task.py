@@ -13,7 +13,7 @@ from beit3.data.tokenizer import Tokenizer
 from beit3.system.errors import InputError
 from beit3.system.flags import flags_of, values
 from datasets import EvaluationSampler, build_loader
-from engine_for_finetuning import evaluate, prepare
+from engine_for_finetuning import evaluate
 from modeling_finetune import create_model
 from tasks.base import make_task
 from tasks.captioning.scores.scores import caption_metrics
@@ -174,7 +174,7 @@ def test_index_files_that_are_there_are_kept(coco):
 def test_a_training_step_gives_the_loss_of_the_specification(coco):
     task = captioning(coco, captions_per_image=5, drop_worst_after=3, drop_worst_ratio=0.25)
     dataset = task.dataset("train", training=True)
-    batch = prepare(dataset.collate([dataset[row] for row in range(3)]), task, CPU, torch.float32)
+    batch = task.prepare(dataset.collate([dataset[row] for row in range(3)]), CPU, torch.float32)
     model = tiny_model().eval()
     with torch.no_grad():
         logits = model(batch["image"], batch["masked_ids"], batch["padding_mask"], masked_index=batch["masked_index"])
@@ -196,7 +196,7 @@ def test_a_training_step_gives_the_loss_of_the_specification(coco):
 def test_training_lowers_the_loss(coco):
     task = captioning(coco, captions_per_image=5, label_smoothing=0.0)
     dataset = task.dataset("train", training=False)
-    batch = prepare(dataset.collate([dataset[row] for row in range(4)]), task, CPU, torch.float32)
+    batch = task.prepare(dataset.collate([dataset[row] for row in range(4)]), CPU, torch.float32)
     torch.manual_seed(0)
     model = create_model("beit3_tiny_patch16_64_captioning", vocab_size=88)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
@@ -229,7 +229,7 @@ def test_every_picture_is_captioned_once_whatever_the_batches(coco):
 def test_prediction_sees_no_label_and_no_row(coco):
     task = captioning(coco)
     dataset = task.dataset("val", training=False)
-    batch = prepare(dataset.collate([dataset[0], dataset[1]]), task, CPU, torch.float32)
+    batch = task.prepare(dataset.collate([dataset[0], dataset[1]]), CPU, torch.float32)
     model = tiny_model().eval()
     alone, whole = task.predict_step(model, {"image": batch["image"]}), task.predict_step(model, batch)
     assert alone["caption"] == whole["caption"] and torch.equal(alone["finite"], whole["finite"])
@@ -243,7 +243,7 @@ def test_prediction_sees_through_what_backends_wrap_around_a_model(coco):
 
     task = captioning(coco)
     dataset = task.dataset("val", training=False)
-    batch = prepare(dataset.collate([dataset[0]]), task, CPU, torch.float32)
+    batch = task.prepare(dataset.collate([dataset[0]]), CPU, torch.float32)
     model = tiny_model().eval()
     assert task.predict_step(Wrapper(model), batch)["caption"] == task.predict_step(model, batch)["caption"]
 

@@ -260,7 +260,7 @@ def test_a_header_that_claims_too_many_pixels_is_refused_before_decoding(tmp_pat
     path = tmp_path / f"bomb.{format.lower()}"
     path.write_bytes(_claiming(format, width, height))
     monkeypatch.setattr(images, "_jpeg_decoder", lambda *_: pytest.fail("decoded"))
-    monkeypatch.setattr(images, "_decode_with_pillow", lambda _: pytest.fail("decoded"))
+    monkeypatch.setattr(images, "pixels_of", lambda _: pytest.fail("decoded"))
     with pytest.raises(ImageError, match="more pixels than the limit of 50 megapixels"):
         decode_image(path)
 
@@ -389,7 +389,7 @@ def test_a_file_built_to_cost_time_or_memory_never_reaches_a_decoder(tmp_path, m
     make, problem = COSTLY[name]
     (tmp_path / "a.jpg").write_bytes(make())
     monkeypatch.setattr(images, "_jpeg_decoder", lambda *_: pytest.fail("decoded"))
-    monkeypatch.setattr(images, "_decode_with_pillow", lambda _: pytest.fail("decoded"))
+    monkeypatch.setattr(images, "pixels_of", lambda _: pytest.fail("decoded"))
     with pytest.raises(ImageError, match=problem):
         decode_image(tmp_path / "a.jpg")
     if name not in ("a long header", "long comments", "a GIF of zeros"):  # their ends look right; found when loaded

@@ -107,7 +107,7 @@ def evaluate_batches(process, shares):
         return {name: column for name, column in answers_of(batch["x"].tolist()).items() if name != "row"}
 
     columns, unreadable = evaluate(
-        SimpleNamespace(predict_step=predict_step),
+        SimpleNamespace(predict_step=predict_step, prepare=lambda batch, *_: batch),
         torch.nn.Identity(),
         batches,
         process,

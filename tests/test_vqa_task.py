@@ -12,7 +12,7 @@ from beit3.data.tokenizer import Tokenizer
 from beit3.system.errors import InputError
 from beit3.system.flags import flags_of
 from datasets import EvaluationSampler, build_loader
-from engine_for_finetuning import evaluate, prepare
+from engine_for_finetuning import evaluate
 from modeling_finetune import create_model
 from tasks.base import make_task
 from tasks.settings import DataSettings
@@ -181,7 +181,7 @@ def wide_head(image, question, padding_mask):
 
 def read_batch(task, rows, split="val"):
     dataset = task.dataset(split, training=False)
-    return prepare(dataset.collate([dataset[row] for row in rows]), task, CPU, torch.float32)
+    return task.prepare(dataset.collate([dataset[row] for row in rows]), CPU, torch.float32)
 
 
 def test_a_head_with_more_outputs_than_answers_answers_from_the_list(coco):

@@ -45,9 +45,13 @@ _STRIP = 60  # rows
 
 @dataclass(frozen=True)
 class EvalTransform:
-    """Resizes to size², not keeping the aspect, bicubically with antialiasing: as Pillow, within one grey level."""
+    """Resizes to size², not keeping the aspect, bicubically with antialiasing: as Pillow, within one grey level.
+
+    upright: see `decode_image`.
+    """
 
     size: int
+    upright: bool = False
 
     def __call__(self, path: Path, key: Key = (0, 0, 0)) -> torch.Tensor:
         """uint8 (3, size, size), contiguous. The key is there to be called like `TrainTransform`; nothing is random.
@@ -55,7 +59,11 @@ class EvalTransform:
         Raises:
             ImageError: see `decode_image`.
         """
-        return resize(decode_image(path), self.size, "bicubic")
+        return self.resized(decode_image(path, upright=self.upright))
+
+    def resized(self, pixels: torch.Tensor) -> torch.Tensor:
+        """uint8 (3, H, W) → uint8 (3, size, size), contiguous."""
+        return resize(pixels, self.size, "bicubic")
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,12 @@ _FIRST = HEADER_LIMIT + (1 << 17)  # bytes that are read before a large file is 
 _RGB = 3  # torchvision.io.ImageReadMode.RGB
 _SCREEN_HEAD = 1 << 14  # bytes; the size of nearly every JPEG stands in them, behind a preview at most
 _SCREEN_BYTES = 1 << 22  # a progressive JPEG of more is left to the loading
+_ORIENTATION = 0x0112  # tag of EXIF
+# Orientation of EXIF → whether rows and columns change places, and what is flipped then: -1 left-right, -2 upside down.
+_TURNS = {
+    1: (False, []), 2: (False, [-1]), 3: (False, [-1, -2]), 4: (False, [-2]),
+    5: (True, []), 6: (True, [-1]), 7: (True, [-1, -2]), 8: (True, [-2]),
+}  # fmt: skip
 _CHUNK = 512  # files per job when screening: a job per file would cost more than the check
 
 
@@ -63,7 +69,7 @@ class ImageError(ValueError):
         return type(self), (self.path, self.problem)
 
 
-def decode_image(path: str | os.PathLike[str], pixel_limit: int = PIXEL_LIMIT) -> torch.Tensor:
+def decode_image(path: str | os.PathLike[str], pixel_limit: int = PIXEL_LIMIT, upright: bool = False) -> torch.Tensor:
     """Reads and decodes one picture.
 
     Args:
@@ -71,10 +77,12 @@ def decode_image(path: str | os.PathLike[str], pixel_limit: int = PIXEL_LIMIT) -
             the official data of COCO, NLVR2 and ImageNet hold PNG under .jpg, JPEG under .png and PNG under .JPEG.
             Of several frames or pages it is the first. AVIF is read where Pillow was built with it.
         pixel_limit: width x height that the header may announce, in pixels; each side may have `SIDE_LIMIT`.
+        upright: turn the picture as its EXIF data say, as phones want it. Data sets leave it as it is stored, as the
+            original's loader does.
 
     Returns:
-        uint8 (3, H, W), RGB, stored as (H, W, 3). The pixels are those of Pillow's `convert("RGB")`: transparency is
-        dropped, the orientation noted in EXIF is not applied (as in the original's loader; Pillow applies a TIFF's).
+        uint8 (3, H, W), RGB. The pixels are those of Pillow's `convert("RGB")`, stored as (H, W, 3): transparency is
+        dropped, the orientation noted in EXIF is not applied without `upright` (Pillow applies a TIFF's).
         One thing differs: of 16-bit grey pictures the high byte is taken, where older releases of Pillow clip nearly
         everything to white. A damaged JPEG that Pillow reads is read; what libjpeg said of it goes to the log, see
         `beit3.data.decoder_warnings`. Damage that libjpeg does not notice shows as wrong colours without a word.
@@ -85,7 +93,7 @@ def decode_image(path: str | os.PathLike[str], pixel_limit: int = PIXEL_LIMIT) -
     """
     try:
         with _open_file(path, byte_limit=_BYTES_PER_PIXEL * pixel_limit) as file:
-            return _decode(path, file, pixel_limit)
+            return _decode(path, file, pixel_limit, upright)
     except OSError as error:
         raise ImageError(path, error.strerror or str(error)) from error
 
@@ -176,7 +184,7 @@ def _open_file(path: str | os.PathLike[str], byte_limit: int) -> io.FileIO:
     return io.FileIO(path)
 
 
-def _decode(path: str | os.PathLike[str], file: io.FileIO, pixel_limit: int) -> torch.Tensor:
+def _decode(path: str | os.PathLike[str], file: io.FileIO, pixel_limit: int, upright: bool) -> torch.Tensor:
     size = os.fstat(file.fileno()).st_size
     data = _read(file, min(size, _FIRST))
     format = format_of(data[:HEAD])
@@ -187,12 +195,13 @@ def _decode(path: str | os.PathLike[str], file: io.FileIO, pixel_limit: int) -> 
     try:
         data, source = _check_structure(format, data, file, size)
         image = _open(path, format, source, pixel_limit)  # parses the header only
-        if format == "JPEG" and image.mode in ("RGB", "L") and _jpeg_decoder is not None:
-            return _decode_jpeg(path, data, image)
         if format == "TIFF":  # libtiff writes to standard error too
             with decoder_warnings.listen(path):
-                return _decode_with_pillow(image)
-        return _decode_with_pillow(image)
+                return pixels_of(image)
+        orientation = orientation_of(image) if upright else 1
+        if format == "JPEG" and image.mode in ("RGB", "L") and _jpeg_decoder is not None:
+            return turned(_decode_jpeg(path, data, image), orientation)
+        return turned(pixels_of(image), orientation)
     except ImageError:
         raise
     except Exception as error:  # whatever a decoder throws at corrupt data, from zlib.error to IndexError
@@ -264,15 +273,30 @@ def _decode_jpeg(path: str | os.PathLike[str], data: bytearray, image: Image.Ima
     except RuntimeError as error:
         refusal = error
     try:
-        pixels = _decode_with_pillow(image)
+        pixels = pixels_of(image)
     except Exception:
         raise refusal from None  # its words say more
     decoder_warnings.tell(path, [_first_line(refusal)])
     return pixels
 
 
-def _decode_with_pillow(image: Image.Image) -> torch.Tensor:
-    """uint8 (3, H, W), stored as (H, W, 3); for what torchvision does not decode, or not to RGB of 8 bits."""
+def orientation_of(image: Image.Image) -> int:
+    """1-8 as in EXIF, 1 = upright; 1 where nothing or nonsense is noted."""
+    try:
+        orientation = image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # notes that are damaged; the picture need not be
+        return 1
+    return orientation if orientation in _TURNS else 1
+
+
+def turned(pixels: torch.Tensor, orientation: int) -> torch.Tensor:
+    """(3, H, W) → the upright picture, (3, H, W) or (3, W, H). orientation: see `orientation_of`."""
+    transpose, flips = _TURNS[orientation]
+    return (pixels.mT if transpose else pixels).flip(flips) if flips else (pixels.mT if transpose else pixels)
+
+
+def pixels_of(image: Image.Image) -> torch.Tensor:
+    """A picture of Pillow's as uint8 (3, H, W), stored as (H, W, 3), RGB."""
     ImageFile.LOAD_TRUNCATED_IMAGES = False  # other libraries switch it on for the whole process
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):  # 16-bit grey
         grey = (np.asarray(image) >> 8).astype(np.uint8)

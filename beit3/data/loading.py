@@ -104,7 +104,7 @@ def _collate(collate: Callable[[Sequence[Item]], dict[str, Tensor]], items: Sequ
     return batch
 
 
-class _Loader(DataLoader[dict[str, Any]]):
+class DeafLoader(DataLoader[dict[str, Any]]):
     """A loader whose workers are deaf to Ctrl-C, SIGTERM and SIGHUP, from their first moment on.
 
     Launchers and terminals send signals to all processes; when to stop is for the process that trains to say.
@@ -133,7 +133,7 @@ def build_loader(
     worker that brings nothing for so long is an error (RuntimeError), as is one that died.
     """
     num_workers = min(num_workers, len(sampler), cores())
-    return _Loader(
+    return DeafLoader(
         dataset,
         batch_sampler=sampler,
         collate_fn=functools.partial(_collate, dataset.collate),

@@ -337,13 +337,20 @@ def resize_positions(table: Tensor, rows: int) -> Tensor:
 
 
 def load_weights(
-    model: nn.Module, checkpoint: Checkpoint, *, new_head: bool, head_rows: HeadRows | None = None
+    model: nn.Module,
+    checkpoint: Checkpoint,
+    *,
+    new_head: bool,
+    head_rows: HeadRows | None = None,
+    assign: bool = False,
 ) -> LoadReport:
     """Load a checkpoint into a model; the image position table is resized when the resolution differs.
 
     Args:
         new_head: keys outside `beit3.` may be missing and keep their fresh values (fine-tuning).
         head_rows: None: the rows of the head stay where they are.
+        assign: the model's tensors become the checkpoint's own, in fp32, instead of taking their values; for a model
+            on the device "meta", which has no values. Nothing is copied where they are fp32 already.
 
     Raises:
         InputError: listing every missing key, every shape that does not fit, and the tensors that are no numbers.
@@ -377,6 +384,10 @@ def load_weights(
             report.loaded.append(name)
     if problems:
         raise InputError(problems)
+    if assign:
+        own = {name: given[name].float() for name in report.loaded}
+        model.load_state_dict(own, strict=True, assign=True)
+        return report
     with torch.no_grad():
         for name in report.loaded:
             wanted[name].copy_(given[name])

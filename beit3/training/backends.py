@@ -5,6 +5,7 @@ A step is `update_freq` times (inside `micro_step`: forward, `backward`), then `
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -40,6 +41,12 @@ def choose_precision(precision: str, device: torch.device) -> str:
     if precision == "fp16" and device.type == "cpu":
         raise ValueError("--precision fp16 needs a GPU; use bf16 or fp32 on a CPU")
     return precision
+
+
+def prediction_context(precision: str, device: torch.device) -> Any:
+    """Makes the context of a forward pass without a backend, in a precision that `choose_precision` takes."""
+    chosen = choose_precision(precision, device)
+    return nullcontext if chosen == "fp32" else functools.partial(torch.autocast, device.type, DTYPES[chosen])
 
 
 @dataclass(frozen=True)

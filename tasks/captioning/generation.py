@@ -15,6 +15,7 @@ its captions come out.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +43,14 @@ class Captions:
     token_ids: Tensor
     lengths: Tensor
     scores: Tensor
+
+    def all(self) -> list[list[tuple[list[int], float]]]:
+        """Token ids and score of the captions of each picture, the best first. Waits for the device."""
+        found = zip(self.token_ids.tolist(), self.lengths.tolist(), self.scores.tolist(), strict=True)
+        return [
+            [(ids[:length], score) for ids, length, score in zip(*of_picture, strict=True) if score > -math.inf]
+            for of_picture in found
+        ]
 
     def best(self) -> list[list[int]]:
         """The token ids of the best caption of each picture. Waits for the device."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from beit3.data.image_text import ImageTextDataset
 from beit3.system.errors import InputError, printable
-from tasks.base import Columns, Scores, Task, told_twice
+from tasks.base import Caption, Columns, Scores, Task, told_twice
 from tasks.captioning.dataset import CaptioningDataset
 from tasks.captioning.generation import generate
 from tasks.captioning.index import COCO, KARPATHY_FILE
@@ -76,7 +77,8 @@ class Captioning(Task):
         return {"loss": drop_worst(losses, ratio), "acc": accuracy}
 
     def predict_step(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Any]:
-        """ "caption": a text for each picture; "finite" bool (B,): whether its score is a number."""
+        """ "caption": a text for each picture; "captions": the best ones with their scores, that one first; "finite"
+        bool (B,): whether its score is a number."""
         captions = generate(
             getattr(model, "module", model),  # what DDP and DeepSpeed wrap has a forward pass only
             batch["image"],
@@ -84,11 +86,24 @@ class Captioning(Task):
             num_beams=self.settings.num_beams,
             length_penalty=self.settings.length_penalty,
             max_tokens=self.data.num_max_bpe_tokens,
+            num_return=self.alternatives,
         )
         return {
             "caption": [self.tokenizer.decode(ids) for ids in captions.best()],
             "finite": captions.scores[:, 0].isfinite(),
+            "captions": [
+                [Caption(self.tokenizer.decode(ids), score) for ids, score in found] for found in captions.all()
+            ],
         }
+
+    def told(self, columns: Columns) -> list[list[Caption]]:
+        return columns["captions"]
+
+    def predictions(self, columns: Columns, dataset: ImageTextDataset) -> Iterator[dict[str, Any]]:
+        for row, captions in zip(columns["row"].tolist(), columns["captions"], strict=True):
+            best, *others = ({"caption": each.text, "score": round(each.score, 6)} for each in captions)
+            place = {"image_id": int(dataset.table["image_id"][row]), "image": dataset.table["image_path"][row]}
+            yield {**place, **best, **({"others": others} if others else {})}
 
     def score(self, columns: Columns, dataset: ImageTextDataset, split: str, final: bool) -> Scores:
         """The official scores against the captions people wrote; METEOR and SPICE, which need Java, only if `final`.

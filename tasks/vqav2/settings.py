@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from beit3.data.index_description import Fit, hash_of_file, look, make_unless_it_fits, said_of
+from beit3.system.errors import InputError
 from beit3.system.flags import flag
 from tasks.settings import DataSettings, TaskSettings, missing_index
-from tasks.vqav2.answers import ANSWER_FILE
+from tasks.vqav2.answers import ANSWER_FILE, answers_said, read_answers
 from tasks.vqav2.index import DESCRIPTION, VERSION, index_file, make_dataset_index, official_files
 
+HEAD = "head.3.weight"  # a row per answer
 # Split → the index files that it is made of.
 SPLIT_FILES = {
     "train": ("train", "trainable_val"),
@@ -33,6 +36,7 @@ class VQAv2Settings(TaskSettings):
     task: ClassVar[str] = "tasks.vqav2.task:VQAv2"
     trains_as: ClassVar[str] = "vqav2"
     model_suffix: ClassVar[str] = "vqav2"
+    asks: ClassVar[bool] = True
     splits: ClassVar[tuple[str, ...]] = ("test", "test-dev", "val")
 
     def problems(self, data: DataSettings, training: bool) -> list[str]:
@@ -58,6 +62,24 @@ class VQAv2Settings(TaskSettings):
 
     def index_fit(self, data: DataSettings, training: bool, tokenizer: tuple[str, str] | None) -> list[Fit]:
         return [look(data.data_path, DESCRIPTION, VERSION, data.image_path, tokenizer)]
+
+    def head_said(
+        self, description: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], answers: Path | None
+    ) -> tuple[dict[str, Any], list[str]]:
+        try:
+            said = answers_said(description)
+            named = None if answers is None else read_answers(answers)
+        except InputError as error:
+            return {}, error.problems
+        if named is None and said is None:
+            return {}, [f"does not say what its answers are; name the list: --answers {ANSWER_FILE}"]
+        if named is not None and said is not None and named != said:
+            return {}, [f"holds its own list of answers, --answers {answers} is another; leave it out"]
+        head, known = shapes.get(HEAD, (0,))[0], said if named is None else named
+        assert known is not None
+        if named is not None and len(named) != head:
+            return {}, [f"its head has {head} answers, --answers {answers} has {len(named)}; it is not its list"]
+        return {"answers": known}, []
 
     @classmethod
     def make_index(cls, data_path: Path, tokenizer: str, image_path: Path | None = None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,16 @@ from beit3.data.image_text import ImageTextDataset
 from beit3.data.json_stream import stream_array
 from beit3.model.weights import Checkpoint, HeadRows
 from beit3.system.errors import InputError, printable
-from tasks.base import Columns, Scores, Task, told_twice
+from tasks.base import Answer, Columns, Scores, Task, told_twice
+from tasks.calibration import fit
 from tasks.vqav2.answers import ANSWER_FILE, MIN_PEOPLE, answers_said, rows_by_text, vqa_accuracy
 from tasks.vqav2.dataset import VQAv2Dataset, read_answers
+from tasks.vqav2.settings import HEAD
 
 logger = logging.getLogger(__name__)
 
-HEAD, HEAD_BIAS = "head.3.weight", "head.3.bias"  # a row per answer
+NUM_BEST = 5  # answers that are told of each question
+HEAD_BIAS = "head.3.bias"
 # What the official files call the splits; the demo has annotations of its test split too.
 OFFICIAL_SPLITS = {"val": "val2014", "test": "test2015", "test-dev": "test-dev2015"}
 
@@ -80,7 +83,10 @@ class VQAv2(Task):
         return {"answers": self.answers}
 
     def adopt(self, description: Mapping[str, Any]) -> None:
+        super().adopt(description)
         self._answers = answers_said(description)
+
+    def meet_data(self) -> None:
         if self._answers is not None:
             unknown = sum(number < 0 for number in rows_by_text(self._answers, self.data_answers))
             if unknown:
@@ -115,17 +121,57 @@ class VQAv2(Task):
         return {"loss": soft_answer_loss(logits, targets)}
 
     def predict_step(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Any]:
-        """ "label" int64 (B,): the number of the answer; "finite" bool (B,): whether the logits are numbers."""
+        """ "label" int64 (B,): the number of the answer; "labels" int32 and "logits" fp32 (B, K): those of the K best
+        answers, that one first; "finite" bool (B,): whether the logits are numbers."""
         logits = model(image=batch["image"], question=batch["token_ids"], padding_mask=batch["padding_mask"])
         known = logits[:, : len(self.answers)]  # a head may have more outputs than answers
-        return {"label": known.argmax(dim=1), "finite": logits.isfinite().all(dim=1)}
+        # Stable: of equal logits the first answer comes first, as argmax has it.
+        labels = known.sort(dim=1, descending=True, stable=True).indices[:, :NUM_BEST]
+        return {
+            "label": labels[:, 0],
+            "labels": labels.int(),
+            "logits": known.gather(1, labels).float(),
+            "finite": logits.isfinite().all(dim=1),
+        }
+
+    def told(self, columns: Columns) -> list[list[Answer]]:
+        confidences = self.calibration.confidence(columns["logits"].numpy()).tolist()
+        return [
+            [Answer(self.answers[label], confidence) for label, confidence in zip(labels, of_row, strict=True)]
+            for labels, of_row in zip(columns["labels"].tolist(), confidences, strict=True)
+        ]
+
+    def predictions(self, columns: Columns, dataset: ImageTextDataset) -> Iterator[dict[str, Any]]:
+        labels, scores = dataset.table["labels"], dataset.table["scores"]
+        known = labels.values.size > 0  # test splits have no labels
+        given = self._soft_scores(columns, dataset) if known else ()
+        for place, (row, told) in enumerate(zip(columns["row"].tolist(), self.told(columns), strict=True)):
+            best = told[0]
+            entry = {
+                "question_id": int(dataset.table["qid"][row]),
+                "image": dataset.table["image_path"][row],
+                "question": self.tokenizer.decode(dataset.table["text_segment"][row].tolist()),
+                "answer": best.text,
+                "confidence": round(best.confidence, 6),
+                "top": [{"answer": each.text, "confidence": round(each.confidence, 6)} for each in told],
+            }
+            if known:
+                right = zip(labels[row].tolist(), scores[row].tolist(), strict=True)
+                entry["right_answers"] = {self.data_answers[label]: round(score, 6) for label, score in right}
+                entry["score"] = round(given[place], 6)
+            yield entry
 
     def score(self, columns: Columns, dataset: ImageTextDataset, split: str, final: bool) -> Scores:
         """The mean soft score of the rows' own labels; after a prediction also the official accuracy."""
         known = dataset.table["labels"].values.size > 0  # test splits have no labels
-        metrics = {"score": 100.0 * sum(self._soft_scores(columns, dataset)) / len(columns["row"])} if known else {}
+        scores = self._soft_scores(columns, dataset) if known else []
+        metrics = {"score": 100.0 * sum(scores) / len(columns["row"])} if known else {}
         report = self._official_report(columns, dataset, split) if final else None
-        return Scores(metrics, report, _report_lines(report) if report is not None else ())
+        calibration = None
+        if known and not final:
+            calibration = fit(columns["logits"].numpy(), self._scores_of_best(columns, dataset))
+        lines = _report_lines(report) if report is not None else ()
+        return Scores(metrics, report, lines, calibration=calibration)
 
     def check_rows(self, dataset: ImageTextDataset, split: str) -> list[str]:
         """Questions that are asked twice, or, where the official question file is there, missing or not in it."""
@@ -178,6 +224,11 @@ class VQAv2(Task):
         # Rows of the head and labels of the index may number the answers in two ways; the texts decide.
         labels = np.array(rows_by_text(self.data_answers, self.answers))
         return _soft_scores(columns["row"].numpy(), labels[columns["label"].numpy()], dataset)
+
+    def _scores_of_best(self, columns: Columns, dataset: ImageTextDataset) -> np.ndarray:
+        """What each of the K best answers of each row is worth, (N, K) in [0, 1]."""
+        best = columns["labels"].unbind(dim=1)
+        return np.stack([self._soft_scores({**columns, "label": each}, dataset) for each in best], axis=1)
 
     def _question_ids(self, columns: Columns, dataset: ImageTextDataset) -> list[int]:
         return dataset.table["qid"][columns["row"].numpy()].tolist()

@@ -1,0 +1,5 @@
+import sys
+
+from inference.command_line import main
+
+sys.exit(main())
