@@ -324,8 +324,8 @@ def create_model(name: str, **options: Any) -> BEiT3Model:
 
 
 class _Unfilled(TorchFunctionMode):
-    """What would fill tensors does nothing: on the device "meta" they have no values, and to find that out PyTorch loads
-    its compiler, which takes seconds."""
+    """What would fill tensors does nothing: on "meta" they have no values, and to find that out PyTorch loads its
+    compiler, which takes seconds."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         in_place = function.__name__.endswith("_") and not function.__name__.startswith(("_", "requires_grad"))

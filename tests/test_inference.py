@@ -31,7 +31,7 @@ LENGTHS = {"vqav2": 12, "coco_captioning": 16}
 
 
 @pytest.fixture(scope="module")
-def trained(coco, tmp_path_factory):  # noqa: F811
+def trained(coco, tmp_path_factory):
     """Task → the best checkpoint of a short run."""
     folders = {}
     for task, length in LENGTHS.items():
@@ -42,7 +42,7 @@ def trained(coco, tmp_path_factory):  # noqa: F811
 
 
 @pytest.fixture(scope="module")
-def predicted(coco, trained, tmp_path_factory):  # noqa: F811
+def predicted(coco, trained, tmp_path_factory):
     """Task → (the submission, predictions.jsonl) of its test pictures."""
     results = {}
     for task, checkpoint in trained.items():
@@ -71,11 +71,11 @@ def captioning(trained):
 
 
 @pytest.fixture
-def picture(coco):  # noqa: F811
+def picture(coco):
     return sorted((coco / "test2015").iterdir())[0]
 
 
-def questions_of(coco):  # noqa: F811
+def questions_of(coco):
     file = coco / "vqa" / "v2_OpenEnded_mscoco_test2015_questions.json"
     return {q["question_id"]: q["question"] for q in json.loads(file.read_text())["questions"]}
 
@@ -83,7 +83,7 @@ def questions_of(coco):  # noqa: F811
 # as in the benchmark
 
 
-def test_answers_are_those_of_the_submission(coco, answering, predicted):  # noqa: F811
+def test_answers_are_those_of_the_submission(coco, answering, predicted):
     submission, rows = predicted["vqav2"]
     questions = questions_of(coco)
     pictures = [coco / row["image"] for row in rows]
@@ -98,14 +98,14 @@ def test_answers_are_those_of_the_submission(coco, answering, predicted):  # noq
         assert confidences == sorted(confidences, reverse=True) and 0 < confidences[-1] <= confidences[0] < 1
 
 
-def test_captions_are_those_of_the_submission(coco, captioning, predicted):  # noqa: F811
+def test_captions_are_those_of_the_submission(coco, captioning, predicted):
     submission, rows = predicted["coco_captioning"]
     told = captioning.caption([coco / row["image"] for row in rows])
     assert [each.text for each in told] == [entry["caption"] for entry in submission]
     assert [each.score for each in told] == pytest.approx([row["score"] for row in rows], abs=1e-4)
 
 
-def test_rows_of_predictions_say_what_was_asked_said_and_right(coco, predicted):  # noqa: F811
+def test_rows_of_predictions_say_what_was_asked_said_and_right(coco, predicted):
     submission, rows = predicted["vqav2"]
     lines = [json.loads(line) for line in (coco / "vqa.test.jsonl").read_text().splitlines()]
     questions = questions_of(coco)
@@ -118,7 +118,7 @@ def test_rows_of_predictions_say_what_was_asked_said_and_right(coco, predicted):
     assert predicted["coco_captioning"][1][0].keys() == {"image_id", "image", "caption", "score"}
 
 
-def test_where_the_right_answers_are_known_they_and_the_score_are_told(coco, trained, tmp_path):  # noqa: F811
+def test_where_the_right_answers_are_known_they_and_the_score_are_told(coco, trained, tmp_path):
     flags = ["--eval", "--split", "val", "--finetune", trained["vqav2"], "--data_path", coco, "--output_dir", tmp_path]
     assert run.main([str(flag) for flag in [*flags, "--num_workers", "0", "--device", "cpu"]]) == 0
     rows = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
@@ -254,7 +254,7 @@ def released(trained, folder, task="vqav2"):
     return file
 
 
-def test_a_released_file_needs_tokenizer_and_answers(trained, answering, coco, picture, tmp_path):  # noqa: F811
+def test_a_released_file_needs_tokenizer_and_answers(trained, answering, coco, picture, tmp_path):
     file = released(trained, tmp_path)
     with pytest.raises(InputError) as caught:
         open_checkpoint(file)
@@ -267,7 +267,7 @@ def test_a_released_file_needs_tokenizer_and_answers(trained, answering, coco, p
     assert [each.text for each in model.answer(picture, "what is it?", top=3)] == [each.text for each in wanted]
 
 
-def test_answers_that_do_not_fit_the_head_are_refused(trained, coco, tmp_path):  # noqa: F811
+def test_answers_that_do_not_fit_the_head_are_refused(trained, coco, tmp_path):
     file, short = released(trained, tmp_path), tmp_path / "answers.txt"
     short.write_text("".join((coco / "answer2label.txt").read_text().splitlines(keepends=True)[:-1]))
     with pytest.raises(InputError, match=r"its head has \d+ answers, --answers .* has \d+"):
@@ -278,7 +278,7 @@ def test_answers_that_do_not_fit_the_head_are_refused(trained, coco, tmp_path): 
         open_checkpoint(trained["coco_captioning"], answers=short)
 
 
-def test_what_is_no_checkpoint_to_ask_is_refused_in_a_sentence(trained, coco, tmp_path):  # noqa: F811
+def test_what_is_no_checkpoint_to_ask_is_refused_in_a_sentence(trained, coco, tmp_path):
     with pytest.raises(InputError, match="no such checkpoint"):
         open_checkpoint(tmp_path / "nothing")
     encoder = {n: t for n, t in load_file(trained["vqav2"] / "model.safetensors").items() if n.startswith("beit3.")}

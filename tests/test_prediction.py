@@ -37,7 +37,7 @@ def without_java():
 
 
 @pytest.fixture(scope="module")
-def trained(coco, tmp_path_factory):  # noqa: F811
+def trained(coco, tmp_path_factory):
     """Task → the output folder of a run of one epoch."""
     folders = {}
     for task, length in LENGTHS.items():
@@ -48,7 +48,7 @@ def trained(coco, tmp_path_factory):  # noqa: F811
 
 
 @pytest.fixture(scope="module")
-def bare(coco, tmp_path_factory):  # noqa: F811
+def bare(coco, tmp_path_factory):
     """The data without the tokenizer and the list of answers, which the checkpoint has."""
     folder = tmp_path_factory.mktemp("bare") / "data"
     shutil.copytree(coco, folder)
@@ -69,7 +69,7 @@ def short(weights, data, out, *more):
 
 
 @pytest.fixture(scope="module")
-def wanted(coco, trained, tmp_path_factory):  # noqa: F811
+def wanted(coco, trained, tmp_path_factory):
     """Task → the submission that the command with all flags writes."""
     contents = {}
     for task, length in LENGTHS.items():
@@ -100,7 +100,7 @@ def test_a_checkpoint_and_the_data_are_a_whole_command(trained, bare, wanted, tm
 
 
 @pytest.mark.slow
-def test_so_is_one_of_deepspeed(coco, bare, tmp_path):  # noqa: F811
+def test_so_is_one_of_deepspeed(coco, bare, tmp_path):
     flags = tiny_flags(coco, tmp_path / "out", epochs=1, warmup_epochs=0, num_max_bpe_tokens=12, enable_deepspeed=True)
     ended = start(flags)
     assert ended.returncode == 0, ended.stderr
@@ -115,7 +115,7 @@ def test_so_is_one_of_deepspeed(coco, bare, tmp_path):  # noqa: F811
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_flags_that_say_the_same_again_are_fine(trained, coco, tmp_path, task):  # noqa: F811
+def test_flags_that_say_the_same_again_are_fine(trained, coco, tmp_path, task):
     again = ["--task", task, "--model", "beit3_tiny_patch16_64", "--input_size", "64", "--vocab_size", "100"]
     again += ["--num_max_bpe_tokens", str(LENGTHS[task]), "--sentencepiece_model", str(coco / "mini.spm")]
     read_settings(short(trained[task] / "checkpoint-best", coco, tmp_path, *again))
@@ -126,7 +126,7 @@ def settings_name(task):
     return {"vqav2": "beit3_tiny_patch16_64_vqav2", "coco_captioning": "beit3_tiny_patch16_64_captioning"}[task]
 
 
-def test_what_a_description_holds(trained, coco):  # noqa: F811
+def test_what_a_description_holds(trained, coco):
     for task, out in trained.items():
         for name in ("checkpoint-best", "checkpoint-best.pth", "checkpoint-0.pth", "checkpoint-last"):
             checkpoint = read_checkpoint(out / name)
@@ -193,7 +193,7 @@ def another_tokenizer(path):
     return path
 
 
-def test_another_tokenizer_is_refused_naming_both(trained, coco, bare, tmp_path):  # noqa: F811
+def test_another_tokenizer_is_refused_naming_both(trained, coco, bare, tmp_path):
     spm = another_tokenizer(tmp_path / "other.spm")
     ours, other = (Tokenizer(file).sha256[:12] for file in (coco / "mini.spm", spm))
     path = trained["vqav2"] / "checkpoint-best"
@@ -216,7 +216,7 @@ def copied(folder, to):
     return to
 
 
-def test_a_folder_without_its_tokenizer_is_told(trained, coco, bare, tmp_path):  # noqa: F811
+def test_a_folder_without_its_tokenizer_is_told(trained, coco, bare, tmp_path):
     folder = copied(trained["vqav2"] / "checkpoint-best", tmp_path / "folder")
     (folder / "tokenizer.spm").unlink()
     (told,) = refused(short(folder, bare, tmp_path))
@@ -335,7 +335,7 @@ def test_more_answers_than_the_head_has_outputs_are_refused(trained, bare, tmp_p
 
 
 @pytest.mark.parametrize("shape", ["x", ["a", 2], [[1], 2], [], [5], None, [1.5, 2], [True, 2]])
-def test_shapes_of_another_form_end_in_one_sentence(coco, bare, tmp_path, shape):  # noqa: F811
+def test_shapes_of_another_form_end_in_one_sentence(coco, bare, tmp_path, shape):
     names = ("beit3.text_embed.weight", "beit3.encoder.embed_positions.A.weight", "beit3.encoder.layers.0.a")
     header = json.dumps({name: {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]} for name in names}).encode()
     path = tmp_path / "weights.safetensors"
@@ -355,7 +355,7 @@ def released(to, name, **options):
     return to
 
 
-def test_of_a_released_file_the_shapes_tell_model_size_and_vocabulary(coco, bare, tmp_path):  # noqa: F811
+def test_of_a_released_file_the_shapes_tell_model_size_and_vocabulary(coco, bare, tmp_path):
     spm = ["--sentencepiece_model", str(coco / "mini.spm")]
     captioning = released(tmp_path / "captioning.pth", "beit3_tiny_patch16_64_captioning")
     settings = read_settings(short(captioning, bare, tmp_path, "--task", "coco_captioning", *spm))
@@ -371,7 +371,7 @@ def test_of_a_released_file_the_shapes_tell_model_size_and_vocabulary(coco, bare
     assert told == f"--sentencepiece_model is needed: the tokenizer, beit3.spm; {vqa} holds none"
 
 
-def test_a_released_file_predicts_and_needs_the_answers_of_the_data(coco, bare, tmp_path, caplog):  # noqa: F811
+def test_a_released_file_predicts_and_needs_the_answers_of_the_data(coco, bare, tmp_path, caplog):
     vqa = released(tmp_path / "vqa.pth", "beit3_tiny_patch16_64_vqav2", num_classes=14)
     flags = ["--task", "vqav2", "--sentencepiece_model", str(coco / "mini.spm"), "--device", "cpu"]
     flags += ["--num_workers", "0"]

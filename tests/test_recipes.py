@@ -66,7 +66,7 @@ def test_every_recipe_is_tested():
 
 
 @pytest.fixture
-def told(project, tmp_path):  # noqa: F811
+def told(project, tmp_path):
     """What the scripts start, word by word: a Python that has every module and writes down its arguments."""
     python = tmp_path / "python"
     log = tmp_path / "started.txt"
@@ -129,7 +129,7 @@ def test_task_and_model_choose_recipe_weights_and_the_next_command(told):
     assert value(training, "--finetune") == ""
 
 
-def test_paths_are_those_of_the_caller_wherever_that_is(told, project, tmp_path):  # noqa: F811
+def test_paths_are_those_of_the_caller_wherever_that_is(told, project, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     _, [_, training] = told(
         str(project / "bash.sh"), folder=tmp_path / "elsewhere", DATA_PATH="mine", SPM="my.spm", GPUS="1"
@@ -147,7 +147,7 @@ def test_prediction_names_no_task_model_or_tokenizer_for_a_checkpoint_that_says_
     assert value(prediction, "--sentencepiece_model") == "beit3.spm"
 
 
-def test_prediction_takes_what_lies_in_the_folder_before_the_demo(told, project):  # noqa: F811
+def test_prediction_takes_what_lies_in_the_folder_before_the_demo(told, project):
     (project / "dataset").mkdir()
     (project / "beit3_base_patch16_480_vqa.pth").touch()
     try:

@@ -14,7 +14,7 @@ from tests.test_settings import EVERY_FLAG, OWNER, SHARED_FLAGS, TASK_FLAGS, coc
 
 
 @pytest.fixture(scope="module")
-def trained(coco, tmp_path_factory):  # noqa: F811
+def trained(coco, tmp_path_factory):
     """Task → the full checkpoint of a run of one epoch."""
     checkpoints = {}
     for task in ("vqav2", "coco_captioning"):
@@ -24,7 +24,7 @@ def trained(coco, tmp_path_factory):  # noqa: F811
     return checkpoints
 
 
-def resume_flags(coco, out, task, *more):  # noqa: F811
+def resume_flags(coco, out, task, *more):
     return [*tiny_flags(coco, out, task=task, num_max_bpe_tokens=16, epochs=1), *more]
 
 
@@ -33,7 +33,7 @@ class WouldGoOnError(Exception):
 
 
 @pytest.fixture
-def resumed(coco, trained, tmp_path, caplog, monkeypatch):  # noqa: F811
+def resumed(coco, trained, tmp_path, caplog, monkeypatch):
     """What is said when a run goes on with other flags, from a copy of the checkpoint; None where it would go on."""
     monkeypatch.setattr("utils.set_up_logging", lambda is_main: None)
 
@@ -117,7 +117,7 @@ def test_a_run_does_not_go_on_with_another_value_of_a_flag_that_decides_its_step
 
 
 @pytest.mark.parametrize("task", ["vqav2", "coco_captioning"])
-def test_a_run_goes_on_with_the_same_flags_and_with_others_that_decide_nothing(coco, resumed, tmp_path, task):  # noqa: F811
+def test_a_run_goes_on_with_the_same_flags_and_with_others_that_decide_nothing(coco, resumed, tmp_path, task):
     assert resumed(task) is None
     moved = tmp_path / "moved"
     shutil.copytree(coco, moved)
@@ -152,7 +152,7 @@ def test_other_pairs_per_step_precision_and_task_are_refused(resumed):
 
 
 @pytest.mark.slow
-def test_another_zero_stage_is_refused(coco, tmp_path, caplog, monkeypatch):  # noqa: F811
+def test_another_zero_stage_is_refused(coco, tmp_path, caplog, monkeypatch):
     ended = start(resume_flags(coco, tmp_path, "vqav2", "--enable_deepspeed"))
     assert ended.returncode == 0, ended.stderr
     monkeypatch.setattr("utils.set_up_logging", lambda is_main: None)
