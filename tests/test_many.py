@@ -10,12 +10,14 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from beit3.system.errors import InputError
 from inference import load, many
 from inference.command_line import main
 from inference.outputs import columns_of, flat
+from inference.ray_example import Asker, answer_table
 from inference.rows import Pictures, Table, find_rows
 from tests.test_inference import ROOT, trained  # noqa: F401  a fixture
 from tests.test_settings import coco  # noqa: F401  a fixture
@@ -288,3 +290,30 @@ def test_without_pyarrow_a_parquet_file_says_what_to_install(trained, pictures, 
     assert "pip install pyarrow" in capsys.readouterr().err
     with pytest.raises(InputError, match="pip install pyarrow"):
         Table(Path("x.parquet"), asks=True)
+
+
+def test_rays_actor_answers_as_the_model_does(trained, pictures):
+    names = sorted(each.name for each in pictures.glob("COCO*"))[:3]
+    batch = {"image": np.array([*names, "broken.jpg", names[0]]), "question": np.array(["what is it?"] * 4 + [" "])}
+    told = Asker(str(trained["vqav2"]), str(pictures))(batch)
+    model = load(trained["vqav2"])
+    assert told["answer"] == [model.answer(pictures / name, "what is it?")[0].text for name in names] + ["", ""]
+    assert told["error"][:3] == ["", "", ""] and "broken.jpg" in told["error"][3] and "empty" in told["error"][4]
+
+
+@pytest.mark.slow
+def test_a_table_is_answered_on_a_local_ray(trained, pictures, tmp_path):
+    ray = pytest.importorskip("ray", reason="ray is not installed")
+    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
+    table = pictures / "ray.csv"
+    names = sorted(each.name for each in pictures.glob("COCO*"))
+    table.write_text("image,question\n" + "".join(f"{name},what is it?\n" for name in names))
+    ray.init(num_cpus=2, include_dashboard=False, runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}})
+    try:
+        answer_table(trained["vqav2"], table, tmp_path / "out", actors=1)
+    finally:
+        ray.shutdown()
+        table.unlink()
+    found = {row["image"]: row["answer"] for row in parquet.read_table(tmp_path / "out").to_pylist()}
+    model = load(trained["vqav2"])
+    assert found == {name: model.answer(pictures / name, "what is it?")[0].text for name in names}
