@@ -143,6 +143,7 @@ def test_scores_compare_texts_not_numbers(tmp_path, caplog):
     task = the_task(tmp_path, NEW)
     task._tokenizer = type("T", (), {"vocab_size": 100})()
     task.adopt({"answers": OLD})
+    task.meet_data()
     assert "1 of the 3 answers" in caplog.text and "never gives them" in caplog.text
     dataset = task.dataset("val", training=False)
     predicted = {"row": torch.arange(3), "label": torch.tensor([0, 2, 1])}  # yes, red, no
@@ -298,7 +299,7 @@ def test_an_answer_computed_from_nan_is_an_error_that_names_the_row(tmp_path):
     with pytest.raises(FloatingPointError, match=r"evaluation: .* not finite for x\.jsonl:2, x\.jsonl:5\. Use"):
         evaluate(task, model, Loader([batch(0, 1, 2), batch(3, 4)]), process, autocast=torch.no_grad)
     columns, _ = evaluate(task, model, Loader([batch(0, 2), batch(3)]), process, autocast=torch.no_grad)
-    assert columns.keys() == {"row", "label"}
+    assert columns.keys() == {"row", "label", "labels", "logits"}
 
 
 def test_an_epoch_of_skipped_steps_only_is_an_error(coco, tmp_path, capfd, monkeypatch):

@@ -219,7 +219,7 @@ def test_the_memory_of_a_step_is_foreseen_from_texts_and_hidden_tokens(coco):
 def test_every_picture_is_captioned_once_whatever_the_batches(coco):
     task = captioning(coco)
     found, dataset = predict(task, "test"), task.dataset("test", training=False)
-    assert found.keys() == {"row", "caption"}
+    assert found.keys() == {"row", "caption", "captions"}
     assert found["row"].tolist() == list(range(15))
     assert [entry["image_id"] for entry in task.submission(found, dataset, "test")] == list(range(116, 131))
     assert all(isinstance(caption, str) for caption in found["caption"])

@@ -150,7 +150,7 @@ def test_a_checkpoint_without_answers_needs_the_file(coco):
     assert task.answers == ANSWERS
     (coco / "answer2label.txt").unlink()
     with pytest.raises(InputError, match=r"does not say what its answers are, and .*answer2label\.txt.* is not there"):
-        vqa(coco).adopt({})
+        vqa(coco).meet_data()
 
 
 def test_the_head_has_an_output_per_answer_or_those_of_the_weights(coco):
@@ -208,7 +208,7 @@ def test_prediction_sees_no_label_and_no_row(coco):
     task = vqa(coco)
     batch = read_batch(task, [0, 1, 2])
     seen = {name: batch[name] for name in ("image", "token_ids", "padding_mask")}
-    assert task.predict_step(wide_head, seen).keys() == {"label", "finite"}
+    assert task.predict_step(wide_head, seen).keys() == {"label", "labels", "logits", "finite"}
 
 
 def test_every_question_is_answered_once_whatever_the_batches(coco):
@@ -220,7 +220,7 @@ def test_every_question_is_answered_once_whatever_the_batches(coco):
     for batch_size in (5, 28):
         loader = build_loader(dataset, EvaluationSampler(28, batch_size, 0, 1), num_workers=0, pin_memory=False)
         found.append(evaluate(task, model, loader, Process(0, 1, 0, CPU), autocast=torch.no_grad)[0])
-    assert found[0].keys() == {"row", "label"}
+    assert found[0].keys() == {"row", "label", "labels", "logits"}
     assert found[0]["row"].tolist() == list(range(28))
     assert found[0]["label"].tolist() == found[1]["label"].tolist()
     assert [entry["question_id"] for entry in task.submission(found[0], dataset, "test-dev")] == [

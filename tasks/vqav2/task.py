@@ -168,7 +168,7 @@ class VQAv2(Task):
         metrics = {"score": 100.0 * sum(scores) / len(columns["row"])} if known else {}
         report = self._official_report(columns, dataset, split) if final else None
         calibration = None
-        if known and not final:
+        if known and not final and "logits" in columns:
             calibration = fit(columns["logits"].numpy(), self._scores_of_best(columns, dataset))
         lines = _report_lines(report) if report is not None else ()
         return Scores(metrics, report, lines, calibration=calibration)
