@@ -14,7 +14,6 @@ from beit3.data.images import normalize
 from beit3.data.tokenizer import Tokenizer
 from benchmarks import gpu, memory, models, peers, pictures, questions, runs
 from benchmarks.table import Line, Reach, Row, Settings, interleave, read_sections, run_row, write_sections
-from engine_for_finetuning import prepare
 from modeling_finetune import HEADS
 from runs.command_line import read_settings
 from tasks.captioning.generation import generate
@@ -205,7 +204,7 @@ def test_plain_evaluation_gives_our_answers(questions_tree, monkeypatch):
     dataset = task.dataset("val", training=False)
     model = HEADS["vqav2"](models.make_config("vqav2", "tiny", 64)).eval()
     reference.fill(model)
-    batch = prepare(dataset.collate([dataset[row] for row in range(8)]), task, torch.device("cpu"), torch.float32)
+    batch = task.prepare(dataset.collate([dataset[row] for row in range(8)]), torch.device("cpu"), torch.float32)
     with torch.no_grad():
         # No answer is the likelier one for all questions, so that they differ.
         model.head[3].bias -= model(batch["image"], batch["token_ids"], batch["padding_mask"]).mean(dim=0)

@@ -25,6 +25,7 @@ import modeling_finetune
 from beit3.model.names import model_name
 from beit3.model.weights import write_weights
 from beit3.system.errors import InputError
+from inference.command_line import parser as parser_of_asking
 from runs.command_line import EXAMPLES, read_settings
 from tests import reference
 from tests.test_architecture import LEVEL, top, tracked
@@ -99,6 +100,7 @@ def flags_of_program(*command: str) -> set[str]:
     return set(FLAG.findall(help_of(*command)))
 
 
+OF_ASKING = set(parser_of_asking()._option_string_actions)  # prediction.sh with a picture
 OF_TORCHRUN = {option for action in get_args_parser()._actions for option in action.option_strings}
 
 
@@ -107,7 +109,7 @@ def known(flag: str, piece: str) -> bool:
     command = next((command for pattern, command in PROGRAMS.items() if re.search(pattern, piece)), None)
     if command is not None:
         return flag in flags_of_program(*command)
-    return knows(flag) or flag in OF_TORCHRUN
+    return knows(flag) or flag in OF_TORCHRUN or flag in OF_ASKING
 
 
 @functools.cache

@@ -88,6 +88,24 @@ def test_the_two_commands_of_the_demo_end_with_a_submission(project, task, id_ke
     assert result.returncode == 0, result.stderr
     written = json.loads((project / "your_prediction" / f"submit_{task}_test.json").read_text())
     assert sorted(entry[id_key] for entry in written) == sorted(ids(project / "demo_data"))
+    row = json.loads((project / "your_prediction" / "predictions.jsonl").read_text().splitlines()[0])
+    asked = [f"demo_data/{row['image']}", *([row["question"]] if "question" in row else []), "--json"]
+    result = bash(project, "prediction.sh", *asked, FINETUNE=f"output/demo_{task}/checkpoint-best")
+    assert result.returncode == 0, result.stderr
+    said = json.loads(result.stdout)
+    what = "answer" if "answer" in row else "caption"
+    assert said[what] == row[what]
+    without = bash(project, "prediction.sh", *asked)  # nothing named: the newest one
+    assert without.stdout == result.stdout and f"checkpoint: output/demo_{task}/checkpoint-best" in without.stderr
+
+
+def test_prediction_asks_where_a_picture_is_named_and_says_what_is_missing(project, tmp_path):
+    result = bash(project, "prediction.sh", "photo.jpg", "what is it?", FINETUNE=str(tmp_path / "none"))
+    assert result.returncode == 2
+    assert (
+        result.stderr
+        == f"error: {tmp_path / 'none'}: no such checkpoint; set FINETUNE to a checkpoint folder or file\n"
+    )
 
 
 def test_a_training_has_minutes_to_write_its_checkpoint_after_a_signal(project):
