@@ -109,11 +109,20 @@ def _export(asked: argparse.Namespace) -> None:
         (made / f"{asked.output.stem}.json").write_text(_about(predictor, asked, parts), encoding="utf-8")
         assert opened.tokenizer is not None
         (made / f"{asked.output.stem}.spm").write_bytes(opened.tokenizer.content)
-        # The models last: whoever finds one finds what belongs to it.
-        for file in sorted(made.iterdir(), key=lambda file: (file.suffix == ".onnx", file.name)):
-            target = asked.output.parent / file.name
-            os.replace(file, target)
-            print(f"{target}  {target.stat().st_size / 1e6:.1f} MB")
+        _move(made, asked.output.parent)
+
+
+def _move(made: Path, folder: Path) -> None:
+    """The files to where they belong, the models last and older ones away first: whoever finds a model finds what
+    belongs to it."""
+    files = sorted(made.iterdir(), key=lambda file: (file.suffix == ".onnx", file.name))
+    for file in files:
+        if file.suffix == ".onnx":
+            (folder / file.name).unlink(missing_ok=True)
+    for file in files:
+        target = folder / file.name
+        os.replace(file, target)
+        print(f"{target}  {target.stat().st_size / 1e6:.1f} MB")
 
 
 def part_names(opened: Opened) -> dict[str, str]:
