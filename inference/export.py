@@ -109,17 +109,20 @@ def _export(asked: argparse.Namespace) -> None:
         (made / f"{asked.output.stem}.json").write_text(_about(predictor, asked, parts), encoding="utf-8")
         assert opened.tokenizer is not None
         (made / f"{asked.output.stem}.spm").write_bytes(opened.tokenizer.content)
-        _move(made, asked.output.parent)
+        _move(made, asked.output.parent, asked.output.stem)
 
 
-def _move(made: Path, folder: Path) -> None:
+def _move(made: Path, folder: Path, stem: str) -> None:
     """The files to where they belong, the models last and older ones away first: whoever finds a model finds what
     belongs to it."""
     files = sorted(made.iterdir(), key=lambda file: (file.suffix == ".onnx", file.name))
+    # The quantizer makes files that their owner alone may read; these are the rights of any other new file.
+    rights = (made / f"{stem}.json").stat().st_mode
     for file in files:
         if file.suffix == ".onnx":
             (folder / file.name).unlink(missing_ok=True)
     for file in files:
+        file.chmod(rights)
         target = folder / file.name
         os.replace(file, target)
         print(f"{target}  {target.stat().st_size / 1e6:.1f} MB")

@@ -143,6 +143,8 @@ def test_int8_takes_less_room(exported):
         assert sizes[1] < 0.45 * sizes[0], task  # tables of words and positions stay as they are
         names = [sorted(each.name for each in exported[task, of].parent.iterdir()) for of in ("fp32", "int8")]
         assert names[0] == names[1]
+        rights = {file.stat().st_mode for file in exported[task, "int8"].parent.iterdir()}
+        assert rights == {exported[task, "fp32"].stat().st_mode}
     assert json.loads(exported["vqav2", "int8"].read_text())["precision"] == "int8"
 
 
