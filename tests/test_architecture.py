@@ -21,7 +21,7 @@ LEVELS = [
     {"datasets", "engine_for_finetuning", "inference"},
     {"runs"},
     {"run_beit3_finetuning"},
-    {"demo", "docs", "scripts"},
+    {"demo", "docs", "scripts", "examples"},
     {"benchmarks", "tests"},  # measurements are tested, and measure what tests have as reference
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}

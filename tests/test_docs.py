@@ -58,6 +58,8 @@ PROGRAMS = {
     r"demo\.make": ["-m", "demo.make"],
     r"demo\.contact_sheet": ["-m", "demo.contact_sheet"],
     r"tests\.chaos|^--runs \d+ --seed": ["-m", "tests.chaos"],
+    r"-m inference export|^--(int8|overwrite)$": ["-m", "inference", "export"],
+    r"-m inference|^--beams": ["-m", "inference"],
     r"benchmarks/run\.sh|-m benchmarks": ["-m", "benchmarks"],
     r"tests/run\.sh|\bpytest\b": ["-m", "pytest"],
     r"\bruff format\b": ["-m", "ruff", "format"],
