@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import ipaddress
+import logging
 import os
 import signal
 import socket
@@ -46,6 +47,7 @@ CONTENT_POLICY = "; ".join(
 HEADERS = {
     "Content-Security-Policy": CONTENT_POLICY, "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer",
 }  # fmt: skip
+_ENCODED = [(name.lower().encode(), value.encode()) for name, value in HEADERS.items()]
 
 
 def parser() -> argparse.ArgumentParser:
@@ -110,7 +112,7 @@ def _run(asked: argparse.Namespace) -> None:
         examples, problem = examples_of(predictor, asked.examples)
         if problem is not None:
             print(for_terminal(f"no examples are offered: {problem}"), file=sys.stderr)
-        app = application(make_page(predictor, examples), asked.host)
+        app = application(make_page(predictor, examples), asked.host, [name for name, *_ in examples])
         config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)
         address = listening.getsockname()
         print(f"the page is open at http://{_in_address(address[0])}:{address[1]}/  (Ctrl-C closes it)", flush=True)
@@ -122,7 +124,19 @@ def _run(asked: argparse.Namespace) -> None:
             )
         # An end by SIGTERM removes the uploaded pictures too.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
-        uvicorn.Server(config).run(sockets=[listening])
+        server = uvicorn.Server(config)
+        server.shutdown = _quietly(server.shutdown)  # type: ignore[method-assign]
+        server.run(sockets=[listening])
+
+
+def _quietly(shutdown: Any) -> Any:
+    """A server's end without the tracebacks of the connections to browsers that are cut by it."""
+
+    async def shut_down(*arguments: Any, **options: Any) -> None:
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL + 1)
+        await shutdown(*arguments, **options)
+
+    return shut_down
 
 
 def _opened(asked: argparse.Namespace) -> Opened:
@@ -172,32 +186,46 @@ def _in_address(host: str) -> str:
     return f"[{host}]" if ":" in host else host
 
 
-def application(page: Any, host: str) -> Any:
+class _WithHeaders:
+    """A layer around a web application (ASGI) that adds `HEADERS` to its answers."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        async def send_with_headers(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", ()), *_ENCODED]
+            await send(message)
+
+        await self.app(scope, receive, send_with_headers if scope["type"] == "http" else send)
+
+
+def application(page: Any, host: str, shown: Sequence[str] = ()) -> Any:
     """The page as a web application (ASGI) that sends `HEADERS` with everything.
+
+    shown: files of this machine that a browser may have, those of the examples; all others are out of reach.
 
     Opened on this machine alone it answers only to this machine's names: a site that gives its own name this machine's
     address would otherwise be let in by the browser.
     """
     import gradio
-    from fastapi import FastAPI, Request
+    from fastapi import FastAPI
     from starlette.middleware.trustedhost import TrustedHostMiddleware
 
     from inference.page_parts import FILE_LIMIT, STYLE, THEME
 
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
-
-    @app.middleware("http")
-    async def with_headers(request: Request, call_next: Any) -> Any:
-        response = await call_next(request)
-        response.headers.update(HEADERS)
-        return response
-
+    app.add_middleware(_WithHeaders)
     if is_here(host):
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=["localhost", "127.0.0.1", "[::1]", host])
-    return gradio.mount_gradio_app(
+    mounted = gradio.mount_gradio_app(
         app, page, path="/", server_name=host, show_error=False, max_file_size=FILE_LIMIT, ssr_mode=False,
-        theme=THEME, css=STYLE, footer_links=["api"], enable_monitoring=False, pwa=False,
+        allowed_paths=list(shown), theme=THEME, css=STYLE, footer_links=["api"], enable_monitoring=False, pwa=False,
     )  # fmt: skip
+    # Until a page counts as launched gradio takes any file of this machine that a program names for an upload of its.
+    page.has_launched = True
+    return mounted
 
 
 if __name__ == "__main__":

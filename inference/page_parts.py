@@ -179,6 +179,14 @@ def _picture() -> Any:
         label="Picture", type="filepath", sources=["upload", "clipboard"], elem_id="picture", height=360, buttons=[],
         placeholder=f"drop a picture or choose one, up to {FILE_LIMIT >> 20} MB, {PIXEL_LIMIT // 10**6} megapixels",
     )  # fmt: skip
+    into_cache = picture.async_move_resource_to_block_cache
+
+    async def uploaded_alone(named: Any) -> Any:
+        if "://" in str(named):  # gradio would have this machine fetch it
+            raise gradio.Error("a picture is uploaded; addresses are not fetched", print_exception=False)
+        return await into_cache(named)
+
+    picture.async_move_resource_to_block_cache = uploaded_alone
     picture.preprocess = lambda uploaded: None if uploaded is None else uploaded.path
     return picture
 
