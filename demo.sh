@@ -18,9 +18,6 @@ case $(basename "${FINETUNE:-}") in
     beit3_*.pth) SPM=${SPM:-beit3.spm} ;; # a released file holds no tokenizer
 esac
 GPUS=1
-choose_launcher -m inference.page
-flags=(--examples "${root}demo_data")
-[ -z "${FINETUNE:-}" ] || flags+=(--checkpoint "$FINETUNE")
-[ -z "${SPM:-}" ] || flags+=(--tokenizer "$SPM")
-[ -z "${ANSWERS:-}" ] || flags+=(--answers "$ANSWERS")
-exec "${launch[@]}" "${flags[@]}" "$@"
+choose_launcher -m inference.page --examples "${root}demo_data" ${FINETUNE:+--checkpoint "$FINETUNE"} \
+    ${SPM:+--tokenizer "$SPM"} ${ANSWERS:+--answers "$ANSWERS"}
+exec "${launch[@]}" "$@"

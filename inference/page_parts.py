@@ -129,7 +129,7 @@ def about_model(predictor: Predictor) -> str:
     fitted = predictor.task.calibration
     return (
         f"{model} Its confidences are calibrated on {fitted.rows} validation questions, where confidence and score lay "
-        f"{fitted.error_after:.1%} apart on average."
+        f"{fitted.error_after:.1%} apart on average. Each answer has its own; they need not add up to 100 %."
     )
 
 

@@ -56,6 +56,8 @@ MADE_BY_RUNS = (
 PROGRAMS = {
     r"demo\.make": ["-m", "demo.make"],
     r"demo\.contact_sheet": ["-m", "demo.contact_sheet"],
+    r"demo\.pointing": ["-m", "demo.pointing"],
+    r"demo\.sh|inference\.page": ["-m", "inference.page"],
     r"tests\.chaos|^--runs \d+ --seed": ["-m", "tests.chaos"],
     r"benchmarks/run\.sh|-m benchmarks": ["-m", "benchmarks"],
     r"tests/run\.sh|\bpytest\b": ["-m", "pytest"],
@@ -368,7 +370,9 @@ def test_help_is_printed_by_the_command_itself(flag):
     assert done.returncode == 0 and "--task" in done.stdout and done.stderr == ""
 
 
-@pytest.mark.parametrize("module", ["demo.make", "demo.contact_sheet", "tests.chaos", "benchmarks"])
+@pytest.mark.parametrize(
+    "module", ["demo.make", "demo.contact_sheet", "demo.pointing", "inference.page", "tests.chaos", "benchmarks"]
+)
 def test_modules_that_are_started_have_a_help(module):
     assert "--help" in flags_of_program("-m", module)
 

@@ -1,13 +1,17 @@
 """What an answer looked at: the map against values computed by hand and in another way, and what it leaves behind."""
 
 import copy
+import random
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from inference import load
+from demo.pointing import brightest_quarter, main, missed_quarter, of_three, question_about
+from demo.scenes import BACKGROUNDS, Thing, draw
+from inference import Answer, load
 from inference.looked_at import LONGER_SIDE, _Weights, followed_back, looked_at, overlay
 from tests.test_inference import trained  # noqa: F401  a fixture
 from tests.test_settings import coco  # noqa: F401  a fixture
@@ -169,3 +173,48 @@ def test_the_map_lies_over_the_picture_in_grey():
     assert torch.equal(overlay(pixels, heat * 0.001).int(), laid)
     tall = torch.zeros(3, 3000, 2, dtype=torch.uint8)
     assert overlay(tall, heat).shape == (LONGER_SIDE, 1, 3)
+
+
+# how often it points at the shape asked about
+
+
+@pytest.mark.parametrize(("row", "column", "quarter"), [(0, 1, 0), (1, 2, 1), (2, 0, 2), (3, 3, 3)])
+def test_the_quarter_of_the_largest_value(row, column, quarter):
+    heat = np.zeros((4, 4))
+    heat[row, column] = 1
+    assert brightest_quarter(heat) == quarter
+
+
+class SeesColour:
+    """Answers "yes" as surely as there is colour in one quarter of the picture."""
+
+    def __init__(self, quarter):
+        self.row, self.column = (32 * place for place in divmod(quarter, 2))
+
+    def answer(self, pictures, question, top=5):
+        if not isinstance(pictures, list):
+            return self.answer([pictures], question)[0]
+        return [[Answer("yes", float(self.colour(np.array(each))))] for each in pictures]
+
+    def colour(self, pixels):
+        return np.ptp(pixels[self.row : self.row + 32, self.column : self.column + 32].astype(int), axis=2).mean() / 255
+
+
+def test_the_quarter_that_is_missed_is_the_one_that_was_seen():
+    rng = random.Random(0)
+    [scene] = of_three(rng, 1)
+    assert len({thing.shape for thing in scene}) == len({thing.color for thing in scene}) == 3
+    drawn = draw(scene, BACKGROUNDS["black"][0], rng)
+    for thing in scene:
+        assert missed_quarter(SeesColour(thing.cell), drawn, "?") == thing.cell
+
+
+def test_questions_are_of_the_demos_kind():
+    thing = Thing(0, "circle", "red")
+    assert question_about(thing, True) == "What color is the circle?"
+    assert question_about(thing, False) == "What shape is red?"
+
+
+def test_the_shares_are_told(trained, tmp_path, capsys):  # noqa: F811
+    assert main([str(tmp_path / "nothing")]) == 2
+    assert "no such checkpoint" in capsys.readouterr().err

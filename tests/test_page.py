@@ -226,6 +226,16 @@ def test_without_gradio_and_pytorch_mistakes_are_told():
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60, capture_output=True)
 
 
+def test_the_script_without_a_model_says_what_to_run(tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name not in ("FINETUNE", "SPM", "ANSWERS")}
+    done = subprocess.run(
+        ["bash", ROOT / "demo.sh"], cwd=tmp_path, env={**environment, "PYTHON": sys.executable}, capture_output=True,
+        text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2 and "installing" not in done.stdout
+    assert "no checkpoint-best under output/" in done.stderr and "`bash bash.sh`" in done.stderr
+
+
 # the server
 
 
