@@ -123,7 +123,7 @@ def about_model(predictor: Predictor) -> str:
     opened = predictor.opened
     model = f"{opened.model} from {opened.about.path}, on {predictor.device} in {predictor.precision}."
     if not predictor.asks:
-        return f"{model} The score of a caption is below 0, the nearer the better; only those of one picture compare."
+        return f"{model} A caption's score is below 0, the nearer to it the better; only those of one picture compare."
     if not predictor.calibrated:
         return f"{model} Its confidences are not calibrated: they order the answers, and no more is promised."
     fitted = predictor.task.calibration
