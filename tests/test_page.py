@@ -306,6 +306,7 @@ def test_programs_see_one_function_and_no_other(client):
     assert list(client.view_api(return_format="dict", print_info=False)["named_endpoints"]) == ["/answer"]
 
 
+@pytest.mark.slow
 def test_captions_for_programs(captioning, trained, picture, tmp_path):  # noqa: F811
     with serving(trained["coco_captioning"], tmp_path, "--host", "0.0.0.0") as address:
         client = Client(address.replace("0.0.0.0", "127.0.0.1"), verbose=False)
