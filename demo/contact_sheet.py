@@ -30,8 +30,8 @@ def contact_sheet(
     font = ImageFont.load_default(_FONT_SIZE)
     images, texts = [], []
     for path, lines in pictures:
-        with Image.open(path) as image:
-            images.append(_fit(image.convert("RGB"), width))
+        with Image.open(path) as opened:
+            images.append(_fit(opened.convert("RGB"), width))
         texts.append("\n".join(_wrap(line, font, width) for line in lines))
     ruler = ImageDraw.Draw(Image.new("RGB", (1, 1)))
     heights = [

@@ -57,6 +57,8 @@ MADE_BY_RUNS = (
 PROGRAMS = {
     r"demo\.make": ["-m", "demo.make"],
     r"demo\.contact_sheet": ["-m", "demo.contact_sheet"],
+    r"demo\.pointing": ["-m", "demo.pointing"],
+    r"demo\.sh|inference\.page": ["-m", "inference.page"],
     r"tests\.chaos|^--runs \d+ --seed": ["-m", "tests.chaos"],
     r"-m inference export|^--(int8|overwrite)$": ["-m", "inference", "export"],
     r"-m inference|^--beams": ["-m", "inference"],
@@ -372,7 +374,9 @@ def test_help_is_printed_by_the_command_itself(flag):
     assert done.returncode == 0 and "--task" in done.stdout and done.stderr == ""
 
 
-@pytest.mark.parametrize("module", ["demo.make", "demo.contact_sheet", "tests.chaos", "benchmarks"])
+@pytest.mark.parametrize(
+    "module", ["demo.make", "demo.contact_sheet", "demo.pointing", "inference.page", "tests.chaos", "benchmarks"]
+)
 def test_modules_that_are_started_have_a_help(module):
     assert "--help" in flags_of_program("-m", module)
 

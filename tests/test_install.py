@@ -297,7 +297,7 @@ def test_constraints_pin_every_requirement_for_every_python():
         if line and not line.startswith("#"):
             pins.setdefault(name(line), []).append(Requirement(line))
     assert all(str(pin.specifier).startswith("==") for several in pins.values() for pin in several)
-    for file in ("requirements.txt", "requirements-dev.txt"):
+    for file in ("requirements.txt", "requirements-dev.txt", "requirements-web.txt"):
         for line in (ROOT / file).read_text().splitlines():
             if not line or line.startswith(("#", "-r")):
                 continue
