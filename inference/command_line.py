@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from beit3.system.errors import InputError, printable
 from beit3.system.terminal import for_terminal, print_anywhere
+from inference.arguments import add_device_arguments, add_model_arguments, within
 
 if TYPE_CHECKING:
     from inference.opening import Opened
@@ -28,7 +29,8 @@ Answers a question about pictures, or captions them, with a model that bash.sh t
   bash prediction.sh questions.csv --output answers.jsonl            a table with the columns image and question
 
 The checkpoint is FINETUNE=…, else the newest checkpoint-best under output/. Without a picture prediction.sh answers a
-whole split of the data and writes the submission; python3 run_beit3_finetuning.py --help has those flags."""
+whole split of the data and writes the submission; python3 run_beit3_finetuning.py --help has those flags. For
+applications without PyTorch: python3 -m inference export --help"""
 EPILOG = """\
 exit status: 0 done; 2 something is wrong with what was asked; 3 done, but some rows have an error and no answer"""
 
@@ -43,34 +45,17 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--output", type=Path, help="file for results: .csv, .tsv, .jsonl, .parquet; goes on if stopped")
     made.add_argument("--overwrite", action="store_true", help="write --output anew where it is there already")
     made.add_argument("--json", action="store_true", help="print rows of JSON")
-    made.add_argument("--top", type=_at_least_1, help="answers or captions that are told (3; 5 in files; captions: 1)")
-    made.add_argument("--min_confidence", type=_share, default=0.0, help="below it the answer is left empty (0)")
-    made.add_argument("--beams", type=_at_least_1, help="of the search for captions (3); 1 is fastest")
-    made.add_argument("--checkpoint", type=Path, help="instead of FINETUNE")
-    made.add_argument("--tokenizer", type=Path, help="beit3.spm, for checkpoints that do not hold it (SPM)")
-    made.add_argument("--answers", type=Path, help="answer2label.txt, for checkpoints that do not hold it (ANSWERS)")
+    made.add_argument("--top", type=within(int, 1), help="answers that are told (3; 5 in files), or captions (1)")
+    made.add_argument("--min_confidence", type=within(float, 0, 1), default=0.0, help="below it no answer is given (0)")
+    made.add_argument("--beams", type=within(int, 1), help="of the search for captions (3); 1 is fastest")
+    add_model_arguments(made)
     made.add_argument("--task", help="where the checkpoint does not say it")
-    made.add_argument("--batch_size", type=_at_least_1, default=16, help="pictures at a time (16)")
+    made.add_argument("--batch_size", type=within(int, 1), default=16, help="pictures at a time (16)")
     made.add_argument(
         "--num_workers", type=int, default=10, help="processes that load pictures, at most one per core (10)"
     )
-    made.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N (auto)")
-    made.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16", "fp16"), help="(auto)")
+    add_device_arguments(made)
     return made
-
-
-def _at_least_1(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value}: at least 1 is wanted")
-    return value
-
-
-def _share(text: str) -> float:
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text}: from 0 to 1 is wanted")
-    return value
 
 
 def main(argv: Sequence[str] | None = None) -> int:

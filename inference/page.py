@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from beit3.system.errors import InputError
 from beit3.system.terminal import for_terminal, print_anywhere
+from inference.arguments import add_device_arguments, add_model_arguments, within
 
 if TYPE_CHECKING:
     from inference.opening import Opened
@@ -55,22 +56,12 @@ def parser() -> argparse.ArgumentParser:
         prog="python3 -m inference.page", usage=USAGE, description=DESCRIPTION, epilog=EPILOG, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    made.add_argument("--checkpoint", type=Path, help="instead of FINETUNE")
-    made.add_argument("--tokenizer", type=Path, help="beit3.spm, for checkpoints that do not hold it (SPM)")
-    made.add_argument("--answers", type=Path, help="answer2label.txt, for checkpoints that do not hold it (ANSWERS)")
+    add_model_arguments(made)
     made.add_argument("--examples", type=Path, default=EXAMPLES, help="data folder to offer pictures of (demo_data)")
     made.add_argument("--host", default=HERE, help=f"address that the page is opened on ({HERE}: this machine alone)")
-    made.add_argument("--port", type=_port, default=PORT, help=f"({PORT}); 0 takes a free one")
-    made.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N (auto)")
-    made.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16", "fp16"), help="(auto)")
+    made.add_argument("--port", type=within(int, 0, 65535), default=PORT, help=f"({PORT}); 0 takes a free one")
+    add_device_arguments(made)
     return made
-
-
-def _port(text: str) -> int:
-    value = int(text)
-    if not 0 <= value <= 65535:
-        raise argparse.ArgumentTypeError(f"{text}: from 0 to 65535 is wanted")
-    return value
 
 
 def main(argv: Sequence[str] | None = None) -> int:

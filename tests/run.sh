@@ -6,7 +6,8 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/environment.sh
-use_environment requirements-dev.txt $RUNTIME_MODULES pytest xdist pytest_timeout hypothesis ruff mypy
+use_environment requirements-dev.txt $RUNTIME_MODULES pytest xdist pytest_timeout hypothesis ruff mypy \
+    gradio selenium pyarrow onnx onnxscript onnxruntime
 "$PYTHON" -m ruff check --quiet .
 "$PYTHON" -m ruff format --quiet --check .
 # Each file of tests in one process, as many at once as there are cores, four at most; so none needs threads of its own.

@@ -26,6 +26,7 @@ from modeling_finetune import create_model, register
 from tasks import TASKS
 from tasks.captioning.generation import generate
 from tests import reference
+from tests.test_inference import run_code
 from tests.test_settings import coco  # noqa: F401  a fixture
 
 ROOT = Path(__file__).parent.parent
@@ -42,7 +43,7 @@ def needs_packages(test):
     return pytest.mark.slow(pytest.mark.skipif(bool(missing), reason=reason)(test))
 
 
-def write_checkpoint(folder, task, coco):  # noqa: F811
+def write_checkpoint(folder, task, coco):
     """A checkpoint of the tiny model for a task."""
     suffix = {"vqav2": "vqav2", "coco_captioning": "captioning"}[task]
     name = f"beit3_tiny_patch16_64_{suffix}"
@@ -71,7 +72,7 @@ def write_checkpoint(folder, task, coco):  # noqa: F811
 
 
 @pytest.fixture(scope="module")
-def checkpoints(coco, tmp_path_factory):  # noqa: F811
+def checkpoints(coco, tmp_path_factory):
     return {task: write_checkpoint(tmp_path_factory.mktemp(task) / "checkpoint-best", task, coco) for task in LONGEST}
 
 
@@ -88,7 +89,7 @@ def exported(checkpoints, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def pictures(coco, tmp_path_factory):  # noqa: F811
+def pictures(coco, tmp_path_factory):
     """Pictures of the data, one of them as a phone stores it, a grey one and one with transparency."""
     folder = tmp_path_factory.mktemp("pictures")
     found = sorted((coco / "test2015").iterdir())[:6]
@@ -113,7 +114,7 @@ def example(name):
 
 
 @needs_packages
-def test_beside_a_model_lies_all_that_an_application_has_to_know(exported, checkpoints, coco):  # noqa: F811
+def test_beside_a_model_lies_all_that_an_application_has_to_know(exported, checkpoints, coco):
     file = exported["vqav2", "fp32"]
     assert sorted(each.name for each in file.parent.iterdir()) == ["m.json", "m.onnx", "m.onnx.data", "m.spm"]
     said, model = json.loads(file.read_text()), load(checkpoints["vqav2"])
@@ -188,7 +189,7 @@ def test_the_example_answers_as_the_toolkit_does(exported, checkpoints, pictures
 
 
 @needs_packages
-def test_the_example_makes_the_ids_of_the_tokenizer(checkpoints, coco):  # noqa: F811
+def test_the_example_makes_the_ids_of_the_tokenizer(checkpoints, coco):
     import sentencepiece
 
     tokenizer = load(checkpoints["vqav2"]).task.tokenizer
@@ -278,7 +279,7 @@ def test_int8_says_nearly_the_same(exported, checkpoints, pictures):
 
 
 @needs_packages
-def test_the_score_is_told_beside_pytorchs(checkpoints, coco, tmp_path, capsys):  # noqa: F811
+def test_the_score_is_told_beside_pytorchs(checkpoints, coco, tmp_path, capsys):
     argv = ["export", str(checkpoints["vqav2"]), str(tmp_path / "m.onnx"), "--data_path", str(coco), "--int8"]
     assert main(argv) == 0
     *_, line = [line for line in capsys.readouterr().out.splitlines() if line.startswith("score on val")]
@@ -335,7 +336,7 @@ def test_a_task_that_neither_answers_nor_writes_is_refused(tmp_path, monkeypatch
     assert "a model for colour has neither answers nor captions" in capsys.readouterr().err
 
 
-def test_every_wrong_input_is_one_sentence_and_status_2(checkpoints, coco, tmp_path, capsys, monkeypatch):  # noqa: F811
+def test_every_wrong_input_is_one_sentence_and_status_2(checkpoints, coco, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(export, "PACKAGES", ())
     answers, captions, output = checkpoints["vqav2"], checkpoints["coco_captioning"], tmp_path / "m.onnx"
     refusals = [
@@ -358,7 +359,7 @@ def test_every_wrong_input_is_one_sentence_and_status_2(checkpoints, coco, tmp_p
 
 
 @needs_packages
-def test_a_split_without_right_answers_is_refused(checkpoints, coco, tmp_path, capsys):  # noqa: F811
+def test_a_split_without_right_answers_is_refused(checkpoints, coco, tmp_path, capsys):
     argv = ["export", checkpoints["vqav2"], tmp_path / "m.onnx", "--data_path", coco, "--split", "test"]
     assert main([str(each) for each in argv]) == 2
     assert "the right answers are not known" in capsys.readouterr().err and list(tmp_path.iterdir()) == []
@@ -371,7 +372,5 @@ def test_help_and_mistakes_load_no_pytorch(checkpoints, tmp_path):
         "try:\n    export.main(['--help'])\nexcept SystemExit as end:\n    assert end.code == 0\n"
         "print('torch' in sys.modules)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
-    )  # fmt: skip
+    done = run_code(code)
     assert done.stdout.endswith("False\n") and "--int8" in done.stdout

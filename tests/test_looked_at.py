@@ -20,12 +20,12 @@ PATCHES = 16
 
 
 @pytest.fixture(scope="module")
-def answering(trained):  # noqa: F811
+def answering(trained):
     return load(trained["vqav2"])
 
 
 @pytest.fixture
-def picture(coco):  # noqa: F811
+def picture(coco):
     return sorted((coco / "test2015").iterdir())[0]
 
 
@@ -138,7 +138,7 @@ def test_nothing_is_left_behind(answering, picture):
         assert not torch.is_grad_enabled()
 
 
-def test_frozen_weights_and_any_precision_give_the_same_map(trained, picture):  # noqa: F811
+def test_frozen_weights_and_any_precision_give_the_same_map(trained, picture):
     heats = []
     for precision, frozen in [("fp32", False), ("fp32", True), ("bf16", False)]:
         model = load(trained["vqav2"], precision=precision)
@@ -215,6 +215,6 @@ def test_questions_are_of_the_demos_kind():
     assert question_about(thing, False) == "What shape is red?"
 
 
-def test_the_shares_are_told(trained, tmp_path, capsys):  # noqa: F811
+def test_the_shares_are_told(trained, tmp_path, capsys):
     assert main([str(tmp_path / "nothing")]) == 2
     assert "no such checkpoint" in capsys.readouterr().err

@@ -46,17 +46,17 @@ QUESTION = "what color is the cat?"
 
 
 @pytest.fixture(scope="module")
-def answering(trained):  # noqa: F811
+def answering(trained):
     return load(trained["vqav2"])
 
 
 @pytest.fixture(scope="module")
-def captioning(trained):  # noqa: F811
+def captioning(trained):
     return load(trained["coco_captioning"])
 
 
 @pytest.fixture(scope="module")
-def picture(coco):  # noqa: F811
+def picture(coco):
     return sorted((coco / "test2015").iterdir())[0]
 
 
@@ -148,7 +148,7 @@ def test_one_request_at_a_time_reaches_the_model(captioning, picture, monkeypatc
     assert most == 1 and [len(found[n][1]) for n in (1, 2, 3)] == [1, 2, 3]
 
 
-def test_the_page_says_which_model_it_is_and_what_its_numbers_mean(answering, captioning, trained, monkeypatch):  # noqa: F811
+def test_the_page_says_which_model_it_is_and_what_its_numbers_mean(answering, captioning, trained, monkeypatch):
     rows = about(trained["vqav2"]).description["calibration"]["rows"]
     assert f"calibrated on {rows} validation questions" in about_model(answering)
     monkeypatch.setattr(answering.task, "calibration", type(answering.task.calibration)())
@@ -156,7 +156,7 @@ def test_the_page_says_which_model_it_is_and_what_its_numbers_mean(answering, ca
     assert "below 0" in about_model(captioning) and str(trained["coco_captioning"]) in about_model(captioning)
 
 
-def test_examples_are_pictures_and_questions_of_the_same_tokenizer(answering, captioning, coco, tmp_path):  # noqa: F811
+def test_examples_are_pictures_and_questions_of_the_same_tokenizer(answering, captioning, coco, tmp_path):
     offered, problem = examples_of(answering, coco)
     assert problem is None and len(offered) == MOST_EXAMPLES == len({name for name, _ in offered})
     file = coco / "vqa" / "v2_OpenEnded_mscoco_test2015_questions.json"
@@ -171,7 +171,7 @@ def test_examples_are_pictures_and_questions_of_the_same_tokenizer(answering, ca
     assert offered == [] and "missing" in problem
 
 
-def test_nothing_outside_of_this_machine_is_asked_for(answering, coco, monkeypatch):  # noqa: F811
+def test_nothing_outside_of_this_machine_is_asked_for(answering, coco, monkeypatch):
     """Neither version checks nor analytics nor fonts, from making the page on."""
     asked = []
 
@@ -199,7 +199,7 @@ def test_which_addresses_only_this_machine_reaches(host, here):
     assert page.is_here(host) is here
 
 
-def test_a_page_that_cannot_be_opened_says_why(trained, tmp_path, capsys, monkeypatch):  # noqa: F811
+def test_a_page_that_cannot_be_opened_says_why(trained, tmp_path, capsys, monkeypatch):
     checkpoint = ["--checkpoint", str(trained["vqav2"])]
     with page.listen("127.0.0.1", 0) as taken:
         port = str(taken.getsockname()[1])
@@ -261,7 +261,7 @@ def serving(checkpoint, folder, *flags):
 
 
 @pytest.fixture(scope="module")
-def with_markup(trained, tmp_path_factory):  # noqa: F811
+def with_markup(trained, tmp_path_factory):
     """A checkpoint whose answers are written like parts of a page."""
     folder = tmp_path_factory.mktemp("markup") / "checkpoint-best"
     said = dict(about(trained["vqav2"]).description)
@@ -272,7 +272,7 @@ def with_markup(trained, tmp_path_factory):  # noqa: F811
 
 
 @pytest.fixture(scope="module")
-def address(with_markup, coco, tmp_path_factory):  # noqa: F811
+def address(with_markup, coco, tmp_path_factory):
     with serving(with_markup, tmp_path_factory.mktemp("served"), "--examples", str(coco)) as found:
         yield found
 
@@ -307,7 +307,7 @@ def test_programs_see_one_function_and_no_other(client):
 
 
 @pytest.mark.slow
-def test_captions_for_programs(captioning, trained, picture, tmp_path):  # noqa: F811
+def test_captions_for_programs(captioning, trained, picture, tmp_path):
     with serving(trained["coco_captioning"], tmp_path, "--host", "0.0.0.0") as address:
         client = Client(address.replace("0.0.0.0", "127.0.0.1"), verbose=False)
         best, others = client.predict(handle_file(str(picture)), 2, api_name="/caption")
@@ -353,7 +353,7 @@ def call(address, *data):
     return fetch(f"{address}gradio_api/call/answer/{json.loads(said)['event_id']}")[2]
 
 
-def test_a_picture_is_what_was_uploaded_and_no_file_or_address_that_somebody_names(address, coco, tmp_path):  # noqa: F811
+def test_a_picture_is_what_was_uploaded_and_no_file_or_address_that_somebody_names(address, coco, tmp_path):
     file = shutil.copy(sorted((coco / "test2015").iterdir())[-1], tmp_path / "secret.jpg")
     with page.listen("127.0.0.1", 0) as other:
         other.settimeout(0.5)
@@ -488,7 +488,7 @@ def test_a_script_in_a_question_does_not_run(browser, address, picture, question
 
 
 @in_a_browser
-def test_an_example_fills_picture_and_question(browser, address, answering, coco):  # noqa: F811
+def test_an_example_fills_picture_and_question(browser, address, answering, coco):
     [(_, question), *_] = examples_of(answering, coco)[0]
     reader = Reader(browser, address)
     [row, *_] = reader.wait_for(lambda: reader.find(".table-wrap tbody tr, .gallery-item"))
