@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import torch
+
 import utils
 from beit3.data.tokenizer import Tokenizer
 from beit3.model.weights import write_weights
@@ -35,7 +37,7 @@ SCALE = 0.001  # of VQAv2: for its tokenizer
 ANSWERS, BATCH = 3129, 16
 TINY, TINY_PIXELS = "beit3_tiny_patch16_64_vqav2", 64
 QUESTION = "what color is the"
-COLD, MEMORY, THROUGHPUT, GROWTH = 1.3, 1.2, 0.95, 1.1
+COLD, MEMORY, THROUGHPUT, GROWTH, ONNX_FP32, ONNX_INT8 = 1.3, 1.2, 0.95, 1.1, 0.95, 1.8
 # What cannot be done without: PyTorch, the weights, one pass.
 FLOOR = """
 import sys, torch
@@ -169,10 +171,39 @@ def throughput_row(count: int, settings: Settings) -> list[Line]:
     return [Line(what, "pictures/s", rates(count, ours), rates(count, peer), Reach("≥", THROUGHPUT))]
 
 
+def onnx_row(model: str, pixels: int, settings: Settings) -> list[Line]:
+    """The exported model beside PyTorch, a picture and a question at a time."""
+    import onnxruntime
+
+    from inference import export
+
+    checkpoint = make_checkpoint(settings.folder, model, pixels)
+    predictor = Predictor(open_checkpoint(checkpoint), device="cpu", precision="fp32")
+    batch = {
+        "image": torch.zeros(1, 3, pixels, pixels, dtype=torch.uint8), "token_ids": torch.full((1, 8), 5),
+        "padding_mask": torch.zeros(1, 8, dtype=torch.bool),
+    }  # fmt: skip
+    feed = {name: value.numpy() for name, value in batch.items()}
+    lines = []
+    for kind, reach, flags in (("fp32", ONNX_FP32, []), ("int8", ONNX_INT8, ["--int8"])):
+        file = settings.folder / f"{kind}.onnx"
+        if export.main([str(checkpoint), str(file), *flags, "--overwrite"]):
+            raise RuntimeError(f"the export in {kind} failed")
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+        sides = [partial(session.run, None, feed), partial(predictor.tell, batch)]
+        ours, peer = interleave(sides, settings.many_repeats)
+        what = f"an answer by ONNX in {kind}, {model.removesuffix('_vqav2')}, CPU; other side: PyTorch in fp32"
+        lines.append(Line(what, "answers/s", rates(1, ours), rates(1, peer), Reach("≥", reach)))
+    return lines
+
+
 def asking_rows(settings: Settings) -> list[Row]:
     many = 5000 if settings.quick else 100_000
     return [
         Row("command to an answer", partial(cold_start_row, "beit3_base_patch16_384_vqav2", 384, settings)),
         Row("a folder of pictures", partial(throughput_row, 200 if settings.quick else 1000, settings)),
+        Row("an answer by ONNX", partial(onnx_row, "beit3_base_patch16_384_vqav2", 384, settings)),
         Row("memory at many rows", partial(growth_row, many, settings)),
     ]

@@ -12,7 +12,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/environment.sh
-use_environment requirements.txt $RUNTIME_MODULES
+use_environment requirements-dev.txt $RUNTIME_MODULES onnx onnxscript onnxruntime
 
 PEERS=benchmarks/.peers
 if [ ! -d $PEERS/torchscale ]; then

@@ -1,7 +1,8 @@
 """torchrun whose last line is the cause: `python -m runs.launch --nproc_per_node 8 run_beit3_finetuning.py …`
 
 Takes what torchrun takes. When a process fails, torchrun itself ends with a traceback of its own code, below which
-nobody looks for what the process said; here what it said comes last. The exit status is torchrun's, 1, or 128 + signal.
+nobody looks for what the process said; here what it said comes last. The exit status is torchrun's, 1, or 128 + signal,
+or that of processes which are done and say that a part of it failed.
 """
 
 from __future__ import annotations
@@ -13,13 +14,15 @@ from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
+PARTLY = 3  # exit status of `inference`: done, but some rows have an error
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     try:
         run.main(list(sys.argv[1:] if argv is None else argv))
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        if failure.exitcode > 128:  # it was told to stop, and did
+        if failure.exitcode > 128 or failure.exitcode == PARTLY:  # told to stop, and did; or done, and has said it
             return failure.exitcode
         print(f"error: process {rank} {cause(failure)}", file=sys.stderr, flush=True)
         return 1

@@ -219,6 +219,7 @@ def test_several_processes_write_what_one_writes(trained, pictures, tmp_path):
         timeout=300, check=False,
     )  # fmt: skip
     assert (tmp_path / "two.csv").read_bytes() == (tmp_path / "one.csv").read_bytes(), said.stderr
+    assert said.returncode == 3 and said.stderr.splitlines()[-1].endswith("with an error"), said.stderr
     table.unlink()
 
 
