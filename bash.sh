@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Fine-tunes BEiT-3.
 #
-#   bash bash.sh                                  nothing named: makes the embedded demo and learns it (a few minutes on a CPU)
+#   bash bash.sh                                  without DATA_PATH: makes the embedded demo and learns it (a few minutes on a CPU)
 #   DATA_PATH=/data/coco SPM=beit3.spm FINETUNE=beit3_base_patch16_224.pth GPUS=8 bash bash.sh
 #                                                 the published recipe on your data
 #   … bash bash.sh --batch_size 8                 any flag of run_beit3_finetuning.py: the last one given counts
@@ -10,10 +10,10 @@
 #               (captioning: dataset_coco.json)
 # IMAGE_PATH    folder with the pictures, where they lie elsewhere (DATA_PATH)
 # SPM           the tokenizer (beit3.spm)
-# FINETUNE      weights to start from (beit3_base_patch16_224.pth); set but empty: fresh weights
+# FINETUNE      weights to start from (beit3_base_patch16_224.pth, or large as MODEL is); set but empty: fresh weights
 # MODEL         beit3_base_patch16_480; the size of the pictures follows from it
 # TASK          what to learn: a recipe in runs/recipes/ (vqav2)
-# OUTPUT_DIR    checkpoints and log.txt (output)
+# OUTPUT_DIR    checkpoints and log.txt (output; of the demo output/demo_TASK)
 # LOG_DIR       TensorBoard files (OUTPUT_DIR/tensorboard)
 # GPUS          processes on this machine (all GPUs; 1 without)
 # NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT    several machines, as torchrun understands them
@@ -34,6 +34,7 @@ if [ -z "${DATA_PATH:-}" ]; then
         exit 2
     fi
     echo "no DATA_PATH: learning the embedded demo (coloured shapes) from scratch"
+    [ -z "${FINETUNE:-}${MODEL:-}${SPM:-}" ] || echo "FINETUNE, MODEL and SPM are not used: they are for data of your own"
     DATA_PATH=${root}demo_data SPM=${root}demo_data/demo.spm OUTPUT_DIR=${OUTPUT_DIR:-${root}output/demo_$TASK}
     run_module demo.make "$DATA_PATH"
     after="TASK=$TASK bash ${root}prediction.sh"

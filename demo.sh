@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Opens a page in the browser to ask a model about pictures, on this machine alone.
+# Starts a page to ask a model about pictures, for this machine alone, and prints its address to open in a browser.
 #
 #   bash demo.sh                                  the model that bash.sh trained last
 #   FINETUNE=output/checkpoint-best bash demo.sh  another one, for answers or for captions

@@ -14,8 +14,9 @@
 #
 # DATA_PATH     folder with the pictures and the index files (dataset)
 # IMAGE_PATH    folder with the pictures, where they lie elsewhere (DATA_PATH)
-# FINETUNE      a fine-tuned checkpoint, released or your own (for pictures: the newest checkpoint-best under output/)
-# SPM           the tokenizer (the checkpoint's own; beit3.spm for released ones)
+# FINETUNE      a fine-tuned checkpoint, released or your own (beit3_base_patch16_480_vqa.pth, without DATA_PATH the demo's
+#               model; for pictures the newest checkpoint-best under output/)
+# SPM           the tokenizer (the checkpoint's own; beit3.spm for released ones, named beit3_….pth)
 # ANSWERS       answer2label.txt, to ask a released checkpoint about pictures (that of DATA_PATH)
 # TASK, MODEL   where the checkpoint does not say, or nocaps with a captioning checkpoint
 # OUTPUT_DIR    where the submission goes (your_prediction)
