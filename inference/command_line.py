@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from inference.predictor import Predictor
     from inference.rows import Rows
 
+SECONDS_FOR_THE_OTHERS = 30 * 24 * 3600.0
 USAGE = 'bash prediction.sh PICTURE… ["QUESTION"] [options]'
 DESCRIPTION = """\
 Answers a question about pictures, or captions them, with a model that bash.sh trained or that was released.
@@ -52,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--task", help="where the checkpoint does not say it")
     made.add_argument("--batch_size", type=within(int, 1), default=16, help="pictures at a time (16)")
     made.add_argument(
-        "--num_workers", type=int, default=10, help="processes that load pictures, at most one per core (10)"
+        "--num_workers", type=within(int, 0), default=10, help="processes that load pictures, at most one per core (10)"
     )
     add_device_arguments(made)
     return made
@@ -70,8 +71,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(asked)
     except InputError as error:
-        if int(os.environ.get("RANK", "0")) == 0:
+        mine = str(error).startswith(f"process {os.environ.get('RANK')}: ")  # no other process tells it
+        if int(os.environ.get("RANK", "0")) == 0 or mine:
             print(for_terminal(f"error: {error}"), file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # who reads has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        again = "; make room, and the same command goes on from here" if asked.output else ""
+        print(for_terminal(f"error: {error.filename or 'output'}: {error.strerror}{again}"), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         again = "; the same command goes on from here" if asked.output else ""
@@ -100,7 +109,11 @@ def _run(asked: argparse.Namespace) -> int:
 
     utils.set_up_logging(is_main=True)
     alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
-    process = None if alone else utils.start_processes(asked.device)
+    try:
+        # A process may be done long before the others.
+        process = None if alone else utils.start_processes(asked.device, timeout_seconds=SECONDS_FOR_THE_OTHERS)
+    except (ValueError, RuntimeError) as error:
+        raise InputError(f"process {os.environ.get('RANK')}: {str(error).splitlines()[0]}") from error
     try:
         predictor = Predictor(opened, device=asked.device, precision=asked.precision)
         process = process or utils.Process(0, 1, 0, predictor.device)
@@ -119,7 +132,8 @@ def split_question(what: Sequence[str], question: str | None) -> tuple[list[str]
     last = what[-1]
     from inference.rows import TABLES, is_picture
 
-    if os.path.exists(last) or is_picture(os.path.basename(last)) or last.lower().endswith(TABLES):
+    written_as_a_path = ("/" in last or "*" in last) and not any(map(str.isspace, last))
+    if os.path.exists(last) or is_picture(os.path.basename(last)) or last.lower().endswith(TABLES) or written_as_a_path:
         return list(what), None
     return list(what[:-1]), last
 
@@ -130,6 +144,8 @@ def _wrong_flags(asked: argparse.Namespace, opened: Opened) -> list[str]:
         problems.append(f"--beams: for captions; {opened.about.path} answers questions")
     if not opened.task.asks and asked.min_confidence:
         problems.append(f"--min_confidence: for answers; {opened.about.path} writes captions")
+    if opened.task.asks and (asked.top or 1) > opened.task.most_answers:
+        problems.append(f"--top {asked.top}: {opened.task.most_answers} answers are the most that are told")
     beams = asked.beams or getattr(opened.task, "num_beams", 1)
     if not opened.task.asks and (asked.top or 1) > beams:
         problems.append(f"--top {asked.top}: no more captions than --beams, {beams}")
@@ -161,7 +177,7 @@ def _to_file(asked: argparse.Namespace, predictor: Predictor, rows: Rows, proces
 
     top, opened = _top(asked, predictor.opened), predictor.opened
     decides = {
-        "checkpoint": opened.identity(), "top": top, "beams": asked.beams, "min_confidence": asked.min_confidence,
+        **opened.identity(), "top": top, "beams": asked.beams, "min_confidence": asked.min_confidence,
         "precision": predictor.precision,
     }  # fmt: skip
     done, failed = tell_many(

@@ -52,14 +52,14 @@ class _Weights(TorchFunctionMode):
         return weights @ v
 
 
-def looked_at(predictor: Predictor, picture: Any, question: str, place: int = 0) -> Tensor:
+def looked_at(predictor: Predictor, picture: Any, question: str, said: str | None = None) -> Tensor:
     """How much of an answer came from each patch: fp32 (S/16, S/16) on the CPU for a model of S pixels, row by row.
 
     The values are at least 0 and add up to 1; all are 0 where no patch spoke for the answer. They are computed in fp32
     whatever the predictor's precision, and leave no gradient behind. A call takes five times as long as an answer and
     keeps the attention weights of all layers meanwhile: 1.4 GB more for the base model at 480 pixels.
 
-    place: of the answer among the predictor's, 0 is the best.
+    said: the answer, one of those that are told; None: the best one.
 
     Raises:
         InputError, ImageError: as `Predictor.answer`.
@@ -72,12 +72,20 @@ def looked_at(predictor: Predictor, picture: Any, question: str, place: int = 0)
         columns = predictor.task.predict_step(predictor.model, batch)
         if not bool(columns["finite"]):
             raise FloatingPointError("the model's numbers are not finite; use another checkpoint")
+        place = 0 if said is None else _place(predictor, columns, said)
         gradients = torch.autograd.grad(columns["logits"][0, place], weights.of_layers)
         reached = followed_back([each.detach()[0] for each in weights.of_layers], [each[0] for each in gradients])
     config = predictor.model.beit3.config
     patches = reached[1 : 1 + config.patches].cpu()
     side = config.image_size // config.patch_size
     return (patches / patches.sum().clamp_min(torch.finfo(torch.float32).tiny)).reshape(side, side)
+
+
+def _place(predictor: Predictor, columns: dict[str, Any], said: str) -> int:
+    """Of an answer among those that are told; 0 where it is none of them."""
+    values = {name: value.detach().cpu() for name, value in columns.items()}
+    told: Any = predictor.task.told(values)[0]
+    return next((place for place, each in enumerate(told) if each.text == said), 0)
 
 
 def followed_back(weights: list[Tensor], gradients: list[Tensor]) -> Tensor:

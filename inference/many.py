@@ -7,6 +7,8 @@ depends neither on the number of processes nor on how often the work was interru
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import shutil
 import sys
@@ -98,15 +100,33 @@ def tell_many(
     """
     parts = output.with_name(f"{output.name}.parts")
     job = {"rows": rows.digest(), "chunk": CHUNK, **settings}
-    problem = None
-    if process.is_main:
-        problem = _begin(parts, job)
-    if problem := utils.broadcast(problem):
-        raise InputError(problem)
     chunks = range(-(-len(rows) // CHUNK))
-    left = [chunk for chunk in chunks[process.rank :: process.world_size] if not _part(parts, chunk).exists()]
-    here = sum(_length(chunk, len(rows)) for chunk in chunks[process.rank :: process.world_size])
-    bar = ProgressBar(rows.name, here, process.is_main, done=here - sum(_length(chunk, len(rows)) for chunk in left))
+    missing: list[int] | str = []
+    with contextlib.ExitStack() as held:
+        if process.is_main:
+            missing = _begin(parts, job, held) or [chunk for chunk in chunks if not _part(parts, chunk).exists()]
+        missing = utils.broadcast(missing)
+        if isinstance(missing, str):
+            raise InputError(missing)
+        mine = missing[process.rank :: process.world_size]
+        _ask_chunks(predictor, rows, process, parts, mine, batch_size, num_workers, top, min_confidence)
+        utils.barrier()
+        failed: int | str = 0
+        if process.is_main:
+            failed = _join(parts, [_part(parts, chunk) for chunk in chunks], output, predictor.asks, top)
+        failed = utils.broadcast(failed)
+    if isinstance(failed, str):
+        raise InputError(failed)
+    return len(rows), failed
+
+
+def _ask_chunks(
+    predictor: Predictor, rows: Rows, process: utils.Process, parts: Path, left: list[int], batch_size: int,
+    num_workers: int, top: int, min_confidence: float,
+) -> None:  # fmt: skip
+    """Ask the rows of these chunks, and write a part for each."""
+    here = sum(_length(chunk, len(rows)) for chunk in left)
+    bar = ProgressBar(rows.name, here, process.is_main)
     unfinished: dict[int, list[Told]] = {}
     started, asked = time.monotonic(), 0
     for batch in _loader(_Batches(predictor, rows, left, batch_size), num_workers, len(left)):
@@ -120,14 +140,17 @@ def tell_many(
         for _ in batch["rows"]:
             bar.advance(rate)
     bar.close()
-    utils.barrier()
-    failed = 0
-    if process.is_main:
-        files = [_part(parts, chunk) for chunk in chunks]
-        write_results(output, _entries(files), predictor.asks, top)
-        failed = sum("error" in entry for entry in _entries(files))
-        shutil.rmtree(parts)
-    return len(rows), utils.broadcast(failed)
+
+
+def _join(parts: Path, files: Sequence[Path], output: Path, asks: bool, top: int) -> int | str:
+    """Write the rows of all parts to the output; how many have an error, or why it cannot be written."""
+    try:
+        write_results(output, _entries(files), asks, top)
+    except OSError as error:
+        return f"{output}: cannot be written ({error.strerror}); make room, and the same command writes it from {parts}"
+    failed = sum("error" in entry for entry in _entries(files))
+    shutil.rmtree(parts)
+    return failed
 
 
 def tell(predictor: Predictor, rows: Rows, batch_size: int, top: int, min_confidence: float) -> Iterator[Told]:
@@ -138,10 +161,21 @@ def tell(predictor: Predictor, rows: Rows, batch_size: int, top: int, min_confid
         yield from _ask(predictor, batch, top, min_confidence)
 
 
-def _begin(parts: Path, job: Mapping[str, Any]) -> str | None:
-    """Make the folder of parts, or see that those in it are of this job; what is wrong, None for nothing."""
+def _begin(parts: Path, job: Mapping[str, Any], held: contextlib.ExitStack) -> str | None:
+    """Make the folder of parts, or see that those in it are of this job; what is wrong, None for nothing.
+
+    held: keeps another command out of the folder until it is closed.
+    """
     named = parts / JOB
     try:
+        parts.mkdir(parents=True, exist_ok=True)
+        lock = held.enter_context((parts / ".in_use").open("a", encoding="utf-8"))
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            return f"{parts}: another command is at work there; wait for it, or name another --output"
+        except OSError:
+            pass  # a file system without locks
         if named.exists():
             before = json.loads(named.read_text(encoding="utf-8"))
             changed = sorted(name for name in {*before, *job} if before.get(name) != job.get(name))
@@ -154,7 +188,6 @@ def _begin(parts: Path, job: Mapping[str, Any]) -> str | None:
                 if UNFINISHED.fullmatch(file.name):
                     file.unlink()
             return None
-        parts.mkdir(parents=True, exist_ok=True)
         with atomic_write(named) as said:
             json.dump(dict(job), said)
     except (OSError, ValueError, TypeError, AttributeError) as error:
@@ -187,11 +220,16 @@ def _ask(predictor: Predictor, batch: Mapping[str, Any], top: int, min_confidenc
         yield row_of(row, said, problem, top, min_confidence)
 
 
+def _writable(text: str) -> str:
+    """A name that is no UTF-8, or half a surrogate pair, as its escape: any file can hold it."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 def row_of(row: Row, said: Any, problem: str | None, top: int, min_confidence: float) -> Told:
     """A row of the output: what was asked, what was said, or why not."""
-    entry: Told = {"image": row.image}
+    entry: Told = {"image": _writable(row.image)}
     if row.question is not None:
-        entry["question"] = row.question
+        entry["question"] = _writable(row.question)
     if said is None:
         return {**entry, "error": problem}
     if isinstance(said[0], Answer):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,11 +41,17 @@ class Opened:
     tokenizer: Tokenizer | None
     description: Mapping[str, Any]
 
-    def identity(self) -> str:
-        """Tells this checkpoint from another of the same name."""
+    def identity(self) -> dict[str, str]:
+        """Tells this model from another of the same name, with what was named beside its file."""
         file = answers_at_once(self.about.path) or self.about.path
         status = file.stat()
-        return f"{file.resolve()} {status.st_size} {status.st_mtime_ns}"
+        answers = json.dumps(self.description.get("answers")).encode()
+        return {
+            "checkpoint": f"{file.resolve()} {status.st_size} {status.st_mtime_ns}",
+            "task": self.task.name,
+            "tokenizer": "" if self.tokenizer is None else self.tokenizer.sha256,
+            "answers": hashlib.sha256(answers).hexdigest(),
+        }
 
     @property
     def vocab_size(self) -> int:

@@ -64,7 +64,12 @@ def columns_of(asks: bool, top: int) -> list[str]:
 
 def flat(entry: Told) -> Told:
     """A row of results as a row of a table: the second answer is `answer_2`, and so on."""
-    row = {name: value for name, value in entry.items() if name != "top"}
+    # A lone carriage return would end the row for whoever reads it.
+    row = {
+        name: value.replace("\r\n", "\n").replace("\r", "\n") if isinstance(value, str) else value
+        for name, value in entry.items()
+        if name != "top"
+    }
     for place, other in enumerate(entry.get("top", ())[1:], start=2):
         row |= {f"{name}_{place}": value for name, value in other.items()}
     return row

@@ -83,7 +83,9 @@ class Desk:
             raise InputError(f"a question of {len(question)} characters; {LONGEST_QUESTION} are the most")
         with self._one_at_a_time:
             answers = self.predictor.answer(pixels, question, top=TOP)
-            seen = overlay(pixels, looked_at(self.predictor, pixels, question)).numpy() if look else None
+            seen = None
+            if look:  # of the answer that is told: the map's own pass may round otherwise
+                seen = overlay(pixels, looked_at(self.predictor, pixels, question, answers[0].text)).numpy()
         return {answer.text: answer.confidence for answer in answers}, seen
 
     def caption(self, picture: str | None, beams: float) -> tuple[str, list[list[Any]]]:

@@ -96,8 +96,8 @@ class Predictor:
         """
         if not self.asks:
             raise InputError(f"{self.opened.about.path}: writes captions and answers no questions; use caption()")
-        if top < 1:
-            raise InputError(f"top={top}: at least 1 answer is wanted")
+        if not 1 <= top <= self.opened.task.most_answers:
+            raise InputError(f"top={top}: from 1 to {self.opened.task.most_answers} answers are told")
         several = [pictures] if is_one(pictures) else list(pictures)
         asked = [questions] * len(several) if isinstance(questions, str) else list(questions)
         if len(asked) != len(several):

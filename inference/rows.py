@@ -123,9 +123,9 @@ class Table:
         kind = self.path.suffix.lower()
         if kind == ".parquet":
             return list(_parquet().ParquetFile(self.path).schema_arrow.names)
-        if kind == ".jsonl":
-            first: Any = next(self._entries(), {})
-            return [str(name) for name in first] if isinstance(first, dict) else []
+        if kind == ".jsonl":  # a row that lacks one is a bad row; only where all do it is no such table
+            names = dict.fromkeys(name for entry in self._entries() if isinstance(entry, dict) for name in entry)
+            return [str(name) for name in names]
         with open(self.path, encoding="utf-8-sig", newline="") as file:
             return next(csv.reader(file, delimiter=self._delimiter()), [])
 
@@ -211,7 +211,7 @@ def _pictures(name: str) -> tuple[list[str], str | None]:
     if os.path.exists(name):
         return [name], None
     if glob.has_magic(name):
-        found = sorted(each for each in glob.glob(name) if os.path.isfile(each))
+        found = sorted(each for each in glob.glob(name, recursive=True) if os.path.isfile(each))
         return found, None if found else f"{name}: no file fits the pattern"
     return [], f"{name}: no such file or folder"
 

@@ -143,7 +143,8 @@ def write_results(
         file = keep_json(folder, f"{name}.json" if well else f"{name}.incomplete.json", submission)
         well = well and file.parent == folder
         logger.info("%s: %d predictions", file, len(submission))
-    keep_rows(folder, "predictions.jsonl", task.predictions(columns, dataset))
+    rows = "predictions.jsonl" if not problems else "predictions.incomplete.jsonl"
+    keep_rows(folder, rows, task.predictions(columns, dataset))
     remark = task.remark(split)
     if remark is not None:
         logger.warning("%s", remark)

@@ -88,6 +88,7 @@ class TaskSettings:
         splits: what `--eval` can predict.
         uses_text: whether there is a tokenizer.
         asks: whether people ask a question of a picture.
+        most_answers: that are told of a question.
         steps_version: higher than before when a training step computes other bits; runs of another one cannot go on.
         published: values of flags that a released checkpoint was trained with and cannot say.
     """
@@ -99,6 +100,7 @@ class TaskSettings:
     splits: ClassVar[tuple[str, ...]]
     uses_text: ClassVar[bool] = True
     asks: ClassVar[bool] = False
+    most_answers: ClassVar[int] = 1
     steps_version: ClassVar[int] = 1
     published: ClassVar[Mapping[str, Any]] = {}
 

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from PIL import Image, ImageOps
 from safetensors.torch import load_file
 
 import run_beit3_finetuning as run
-from beit3.data.images import ImageError
+from beit3.data.images import ImageError, decode_image
 from beit3.model.description import about
 from beit3.model.weights import write_weights
 from beit3.system.errors import InputError
@@ -210,6 +211,35 @@ def test_a_file_that_is_no_picture_is_named(answering, tmp_path):
         answering.answer(tmp_path / "a.jpg", "what is it?")
 
 
+def damaged_png(file):
+    """Its checksums are right and its pixels are not."""
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(buffer, "PNG")
+    content = bytearray(buffer.getvalue())
+    start = content.index(b"IDAT")
+    length = int.from_bytes(content[start - 4 : start], "big")
+    content[start + 4 + length // 2 : start + 4 + length // 2 + 40] = b"\xff" * 40
+    checksum = zlib.crc32(content[start : start + 4 + length])
+    content[start + 4 + length : start + 8 + length] = checksum.to_bytes(4, "big")
+    file.write_bytes(content)
+    return file
+
+
+def test_a_damaged_picture_is_refused_upright_too(tmp_path):
+    file = damaged_png(tmp_path / "a.png")
+    for upright in (False, True):
+        with pytest.raises(ImageError, match=r"a\.png"):
+            decode_image(file, upright=upright)
+
+
+def test_a_pillow_image_that_cannot_be_read_any_more_is_an_image_error(picture, tmp_path):
+    (tmp_path / "cut.jpg").write_bytes(picture.read_bytes()[:700])
+    with Image.open(tmp_path / "cut.jpg") as image, pytest.raises(ImageError, match="cannot be decoded"):
+        load_pixels(image)
+    with pytest.raises(InputError, match="70,?000|70000"):
+        load_pixels(np.zeros((1, 70000), np.uint8))
+
+
 @pytest.mark.parametrize("question", ["", "  \n", None, 7])
 def test_an_empty_question_is_refused(answering, picture, question):
     with pytest.raises((InputError, TypeError)):
@@ -230,8 +260,9 @@ def test_a_model_is_asked_for_what_it_can_do(answering, captioning, picture):
         answering.answer(picture, ["a?", "b?"])
     with pytest.raises(InputError, match="from 1 to the number of beams, 3"):
         captioning.caption(picture, top=4)
-    with pytest.raises(InputError, match="at least 1 answer"):
-        answering.answer(picture, "what is it?", top=0)
+    for top in (0, 6):
+        with pytest.raises(InputError, match="from 1 to 5 answers are told"):
+            answering.answer(picture, "what is it?", top=top)
 
 
 def test_weights_that_give_no_numbers_end_in_an_error(trained, tmp_path, picture):
@@ -369,6 +400,9 @@ def refusals(trained, picture, tmp_path):
         ([picture, "--checkpoint", captions, "--min_confidence", "0.5"], "--min_confidence: for answers"),
         ([picture, "--checkpoint", captions, "--top", "4"], "--top 4: no more captions than --beams, 3"),
         ([picture, "what?", "--checkpoint", answers, "--output", "a.txt"], "are the kinds of files"),
+        ([picture, "what?", "--checkpoint", answers, "--top", "6"], "--top 6: 5 answers are the most"),
+        ([picture, "more/", "--checkpoint", answers], "none is asked"),
+        ([picture, "more/*", "--checkpoint", answers], "none is asked"),
         ([picture, "what?", "--checkpoint", answers, "--output", tmp_path / "no" / "a.csv"], "is not there"),
         ([picture, "what?", "--checkpoint", answers, "--device", "cuda:9"], "--device cuda"),
         ([picture, "what?", "--checkpoint", answers, "--device", "abacus"], "abacus"),
@@ -414,6 +448,8 @@ def test_the_last_argument_is_the_question_unless_it_is_a_file(picture, tmp_path
     assert split_question(["a.jpg", str(tmp_path)], None) == (["a.jpg", str(tmp_path)], None)
     assert split_question(["a.jpg", "b.csv"], None) == (["a.jpg", "b.csv"], None)
     assert split_question(["a.jpg"], "what?") == (["a.jpg"], "what?")
+    assert split_question(["a.jpg", "holiday/"], None) == (["a.jpg", "holiday/"], None)
+    assert split_question(["a.jpg", "red or/and blue?"], None) == (["a.jpg"], "red or/and blue?")
 
 
 def test_names_of_files_and_answers_cannot_move_the_cursor(trained, picture, tmp_path, capsys):
@@ -423,6 +459,15 @@ def test_names_of_files_and_answers_cannot_move_the_cursor(trained, picture, tmp
     assert main([str(nasty), str(nasty), "what is it?", "--checkpoint", str(trained["vqav2"])]) == 0
     assert "\x1b" not in capsys.readouterr().out
     assert line_of({"answer": "a", "confidence": 0.5}) == "a 0.50"
+
+
+def test_whoever_reads_the_first_line_alone_sees_no_traceback(trained, picture):
+    command = f"{sys.executable} -m inference {' '.join([str(picture)] * 40)} 'what is it?' --batch_size 1 | head -1"
+    said = subprocess.run(
+        ["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
+        env={**os.environ, "FINETUNE": str(trained["vqav2"])},
+    )  # fmt: skip
+    assert said.stdout.count("\n") == 1 and said.stderr == ""
 
 
 def test_help_has_examples_and_loads_no_pytorch():

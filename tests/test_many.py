@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ import pytest
 from beit3.system.errors import InputError
 from inference import load, many
 from inference.command_line import main
+from inference.opening import open_checkpoint
 from inference.outputs import columns_of, flat
 from inference.ray_example import Asker, answer_table
 from inference.rows import Pictures, Table, find_rows
@@ -167,6 +169,68 @@ def test_a_result_is_not_overwritten_unless_told_to(trained, pictures, tmp_path,
     assert len(rows_of(out)) == 1
 
 
+def test_what_no_file_can_hold_costs_its_own_row_at_most(trained, pictures, tmp_path, small_chunks):
+    """A name that is no UTF-8, half a surrogate pair, and a carriage return that would end a row of a table."""
+    folder, out = tmp_path / "photos", tmp_path / "a.csv"
+    folder.mkdir()
+    picture = sorted(pictures.glob("COCO*"))[0]
+    shutil.copy(picture, os.fsencode(folder) + b"/caf\xe9.jpg")
+    assert ask(trained, folder, "what is it?", "--output", out) == 0
+    assert [row["image"] for row in rows_of(out)] == [f"{folder}/caf\\udce9.jpg"]
+    table = pictures / "odd.jsonl"
+    asked = ["what is it? \ud83d", "what\ris it?"]
+    entries = [{"image": picture.name, "question": question} for question in asked]
+    table.write_text("null\n" + "".join(json.dumps(entry) + "\n" for entry in entries))
+    assert ask(trained, table, "--output", out, "--overwrite") == 3
+    first, second, third = rows_of(out)
+    assert first["error"] and third["question"] == "what\nis it?" and third["answer"]
+    assert second["error"] or second["question"] == "what is it? \\ud83d"
+    table.unlink()
+
+
+def test_a_second_command_leaves_the_first_alone(trained, pictures, tmp_path, capsys):
+    out = tmp_path / "a.csv"
+    parts = tmp_path / "a.csv.parts"
+    parts.mkdir()
+    code = (
+        "import fcntl, sys, time\nfile = open(sys.argv[1], 'a')\nfcntl.lockf(file, fcntl.LOCK_EX)\n"
+        "print('held', flush=True)\ntime.sleep(60)"
+    )
+    first = subprocess.Popen([sys.executable, "-c", code, parts / ".in_use"], stdout=subprocess.PIPE, text=True)
+    try:
+        assert first.stdout.readline() == "held\n"
+        assert ask(trained, pictures, "what is it?", "--output", out) == 2
+        assert "another command is at work there" in capsys.readouterr().err and parts.exists()
+    finally:
+        first.kill()
+        first.wait()
+    assert ask(trained, pictures, "what is it?", "--output", out) == 3  # the broken picture
+
+
+def test_a_job_is_another_with_another_tokenizer_or_other_answers(trained, coco):
+    opened = open_checkpoint(trained["vqav2"])
+    same = open_checkpoint(trained["vqav2"], tokenizer=coco / "mini.spm")
+    assert same.identity() == opened.identity()
+    other = replace(opened, description={**opened.description, "answers": opened.description["answers"][::-1]})
+    assert other.identity() != opened.identity()
+    assert opened.identity()["tokenizer"] == opened.tokenizer.sha256
+
+
+def test_a_full_disk_at_the_end_keeps_what_was_done(trained, pictures, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "a.jsonl"
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(many, "write_results", full)
+        assert ask(trained, pictures, "what is it?", "--output", out) == 2
+    assert "No space left on device" in capsys.readouterr().err and (tmp_path / "a.jsonl.parts").exists()
+    monkeypatch.setattr(many.Predictor, "tell", None)  # nothing is asked again
+    assert ask(trained, pictures, "what is it?", "--output", out) == 3
+    assert len(rows_of(out)) == 21
+
+
 @pytest.mark.slow
 def test_killed_at_any_moment_it_ends_as_it_would_have(trained, pictures, tmp_path):
     """kill -9, several times; the chunks are the real ones, so the rows are many."""
@@ -260,6 +324,10 @@ def test_what_is_named_is_found_in_order(tmp_path):
     files = [str(tmp_path / name) for name in ("a.png", "b.JPG")]
     assert [row.file for row in find_rows([str(tmp_path)], "q?", asks=True)] == files
     assert [row.file for row in find_rows([str(tmp_path / "*.png"), files[1]], None, asks=False)] == files
+    (tmp_path / "x" / "y").mkdir(parents=True)
+    (tmp_path / "x" / "y" / "d.jpg").touch()
+    found = find_rows([str(tmp_path / "**" / "*.jpg")], None, asks=False)
+    assert [row.file for row in found] == [str(tmp_path / "x" / "y" / "d.jpg")]
     assert [row.file for row in find_rows([str(tmp_path / "c.txt")], None, asks=False)] == [str(tmp_path / "c.txt")]
 
 

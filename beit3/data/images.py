@@ -198,10 +198,10 @@ def _decode(path: str | os.PathLike[str], file: io.FileIO, pixel_limit: int, upr
         if format == "TIFF":  # libtiff writes to standard error too
             with decoder_warnings.listen(path):
                 return pixels_of(image)
-        orientation = orientation_of(image) if upright else 1
-        if format == "JPEG" and image.mode in ("RGB", "L") and _jpeg_decoder is not None:
-            return turned(_decode_jpeg(path, data, image), orientation)
-        return turned(pixels_of(image), orientation)
+        by_torchvision = format == "JPEG" and image.mode in ("RGB", "L") and _jpeg_decoder is not None
+        pixels = _decode_jpeg(path, data, image) if by_torchvision else pixels_of(image)
+        # Afterwards: to read the notes of a PNG Pillow decodes it, and passes over what is damaged.
+        return turned(pixels, orientation_of(image)) if upright else pixels
     except ImageError:
         raise
     except Exception as error:  # whatever a decoder throws at corrupt data, from zlib.error to IndexError

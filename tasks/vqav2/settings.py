@@ -37,6 +37,7 @@ class VQAv2Settings(TaskSettings):
     trains_as: ClassVar[str] = "vqav2"
     model_suffix: ClassVar[str] = "vqav2"
     asks: ClassVar[bool] = True
+    most_answers: ClassVar[int] = 5
     splits: ClassVar[tuple[str, ...]] = ("test", "test-dev", "val")
 
     def problems(self, data: DataSettings, training: bool) -> list[str]:

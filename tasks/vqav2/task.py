@@ -25,7 +25,6 @@ from tasks.vqav2.settings import HEAD
 
 logger = logging.getLogger(__name__)
 
-NUM_BEST = 5  # answers that are told of each question
 HEAD_BIAS = "head.3.bias"
 # What the official files call the splits; the demo has annotations of its test split too.
 OFFICIAL_SPLITS = {"val": "val2014", "test": "test2015", "test-dev": "test-dev2015"}
@@ -126,7 +125,7 @@ class VQAv2(Task):
         logits = model(image=batch["image"], question=batch["token_ids"], padding_mask=batch["padding_mask"])
         known = logits[:, : len(self.answers)]  # a head may have more outputs than answers
         # Stable: of equal logits the first answer comes first, as argmax has it.
-        labels = known.sort(dim=1, descending=True, stable=True).indices[:, :NUM_BEST]
+        labels = known.sort(dim=1, descending=True, stable=True).indices[:, : self.settings.most_answers]
         return {
             "label": labels[:, 0],
             "labels": labels.int(),
