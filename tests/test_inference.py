@@ -71,7 +71,7 @@ def captioning(trained):
     return load(trained["coco_captioning"])
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def picture(coco):
     return sorted((coco / "test2015").iterdir())[0]
 

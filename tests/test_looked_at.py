@@ -13,20 +13,10 @@ from demo.pointing import brightest_quarter, main, missed_quarter, of_three, que
 from demo.scenes import BACKGROUNDS, Thing, draw
 from inference import Answer, load
 from inference.looked_at import LONGER_SIDE, _Weights, followed_back, looked_at, overlay
-from tests.test_inference import trained  # noqa: F401  a fixture
+from tests.test_inference import answering, picture, trained  # noqa: F401  fixtures
 from tests.test_settings import coco  # noqa: F401  a fixture
 
 PATCHES = 16
-
-
-@pytest.fixture(scope="module")
-def answering(trained):
-    return load(trained["vqav2"])
-
-
-@pytest.fixture
-def picture(coco):
-    return sorted((coco / "test2015").iterdir())[0]
 
 
 def test_two_layers_followed_back_by_hand():

@@ -34,30 +34,15 @@ from beit3.data.images import ImageError
 from beit3.model.description import about
 from beit3.model.weights import write_weights
 from beit3.system.errors import InputError
-from inference import load, page
+from inference import page
 from inference.page_parts import BEFORE, MOST_EXAMPLES, Desk, about_model, examples_of, make_page, telling
-from tests.test_inference import trained  # noqa: F401  a fixture
+from tests.test_inference import answering, captioning, picture, trained  # noqa: F401  fixtures
 from tests.test_settings import coco  # noqa: F401  a fixture
 
 ROOT = Path(__file__).parent.parent
 # Fetches nothing and sets a mark when it is taken for HTML; the second runs when it is taken for a script.
 MARKUP = "<img src=x onerror=window.taken=1><script>window.taken=1</script>"
 QUESTION = "what color is the cat?"
-
-
-@pytest.fixture(scope="module")
-def answering(trained):
-    return load(trained["vqav2"])
-
-
-@pytest.fixture(scope="module")
-def captioning(trained):
-    return load(trained["coco_captioning"])
-
-
-@pytest.fixture(scope="module")
-def picture(coco):
-    return sorted((coco / "test2015").iterdir())[0]
 
 
 @pytest.fixture(scope="module")
