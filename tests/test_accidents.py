@@ -168,7 +168,7 @@ def test_what_was_computed_is_written_beside_a_check_that_fails_at_the_end(data,
     argv = predicting(other, out, finished / "checkpoint-best")
     ended = Run(argv, 1, lose_a_question, (str(file),)).wait()
     assert ended.statuses == [1], ended.output
-    assert names(out) == {"submit_vqav2_test.incomplete.json"}
+    assert names(out) == {"submit_vqav2_test.incomplete.json", "predictions.incomplete.jsonl"}
     assert len(json.loads((out / "submit_vqav2_test.incomplete.json").read_text())) == 84
     assert f"question 999999001 of {file} has no answer" in ended.output
     assert "the submission was written under another name and not scored" in ended.output
