@@ -236,7 +236,10 @@ def test_a_picture_that_breaks_in_a_prediction_costs_its_own_rows_only(data, alo
     ended = Run([*argv, "--eval", "--skip_bad_images"]).wait()
     assert ended.statuses == [1], ended.output
     assert picture.name in ended.output and "vqa.test.jsonl:" in ended.output
-    assert {path.name for path in out.iterdir()} == {"submit_vqav2_test.incomplete.json", "predictions.incomplete.jsonl"}
+    assert {path.name for path in out.iterdir()} == {
+        "submit_vqav2_test.incomplete.json",
+        "predictions.incomplete.jsonl",
+    }
     file = out / "submit_vqav2_test.incomplete.json"
     rows = [json.loads(line) for line in (bad / "vqa.test.jsonl").read_text().splitlines()]
     readable = {row["qid"] for row in rows if not row["image_path"].endswith(picture.name)}
