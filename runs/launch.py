@@ -22,8 +22,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         run.main(list(sys.argv[1:] if argv is None else argv))
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        if failure.exitcode > 128 or failure.exitcode == PARTLY:  # told to stop, and did; or done, and has said it
+        if failure.exitcode > 128:  # it was told to stop, and did
             return failure.exitcode
+        if failure.exitcode == PARTLY:
+            print("done, but for some rows, which have an error", file=sys.stderr, flush=True)
+            return PARTLY
         print(f"error: process {rank} {cause(failure)}", file=sys.stderr, flush=True)
         return 1
     except SignalException as error:
