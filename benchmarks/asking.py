@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -51,6 +50,18 @@ with torch.no_grad():
 """
 
 
+# A process begins with the peak of memory of the one that starts it, so a small one does.
+MEASURED = """
+import os, subprocess, sys, time
+started = time.perf_counter()
+process = subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL)
+_, status, usage = os.wait4(process.pid, 0)
+process.returncode = os.waitstatus_to_exitcode(status)
+print(time.perf_counter() - started, usage.ru_maxrss * 1024)
+sys.exit(process.returncode)
+"""
+
+
 @dataclass(frozen=True)
 class Ended:
     """Seconds and the most memory, in bytes, that a process took."""
@@ -59,17 +70,15 @@ class Ended:
     memory: int
 
 
-def run(command: list[str], statuses: tuple[int, ...] = (0,)) -> Ended:
-    """Run a command to its end. Raises RuntimeError for another status."""
-    started = time.perf_counter()
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    assert process.stderr is not None
-    said = process.stderr.read().decode(errors="replace")
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode not in statuses:
-        raise RuntimeError(f"{command[:4]} ended with status {process.returncode}: {said.strip()[-300:]}")
-    return Ended(time.perf_counter() - started, usage.ru_maxrss * 1024)
+def run(command: list[str]) -> Ended:
+    """Run a command to its end. Raises RuntimeError where it fails."""
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURED, *command], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise RuntimeError(f"{command[:4]} ended with status {done.returncode}: {done.stderr.strip()[-300:]}")
+    seconds, memory = done.stdout.split()
+    return Ended(float(seconds), int(memory))
 
 
 def make_checkpoint(folder: Path, model: str, pixels: int) -> Path:
