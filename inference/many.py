@@ -144,11 +144,18 @@ def _ask_chunks(
 
 def _join(parts: Path, files: Sequence[Path], output: Path, asks: bool, top: int) -> int | str:
     """Write the rows of all parts to the output; how many have an error, or why it cannot be written."""
+    failed = 0
+
+    def counted() -> Iterator[Told]:
+        nonlocal failed
+        for entry in _entries(files):
+            failed += "error" in entry
+            yield entry
+
     try:
-        write_results(output, _entries(files), asks, top)
+        write_results(output, counted(), asks, top)
     except OSError as error:
         return f"{output}: cannot be written ({error.strerror}); make room, and the same command writes it from {parts}"
-    failed = sum("error" in entry for entry in _entries(files))
     shutil.rmtree(parts)
     return failed
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from beit3.data.index_writing import PICTURE_ENDINGS
+from beit3.system.atomic_files import sha256_of
 from beit3.system.errors import InputError, printable
 
 TABLES = (".csv", ".tsv", ".jsonl", ".parquet")  # endings
@@ -93,8 +94,6 @@ class Table:
             yield self._row(entry)
 
     def digest(self) -> str:
-        from beit3.system.atomic_files import sha256_of
-
         with open(self.path, "rb") as file:
             return sha256_of(file)
 

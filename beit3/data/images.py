@@ -292,7 +292,9 @@ def orientation_of(image: Image.Image) -> int:
 def turned(pixels: torch.Tensor, orientation: int) -> torch.Tensor:
     """(3, H, W) → the upright picture, (3, H, W) or (3, W, H). orientation: see `orientation_of`."""
     transpose, flips = _TURNS[orientation]
-    return (pixels.mT if transpose else pixels).flip(flips) if flips else (pixels.mT if transpose else pixels)
+    if transpose:
+        pixels = pixels.mT
+    return pixels.flip(flips) if flips else pixels
 
 
 def pixels_of(image: Image.Image) -> torch.Tensor:
