@@ -17,6 +17,7 @@ ROOT = Path(__file__).parent.parent
 LEVELS = [
     {"beit3"},
     {"utils", "modeling_finetune", "optim_factory"},
+    {"sources"},
     {"tasks"},
     {"datasets", "engine_for_finetuning", "inference"},
     {"runs"},
@@ -39,7 +40,7 @@ WITHOUT_TORCH = [
 
 TASK_NAME = re.compile(r"vqa|captioning|nocaps|nlvr2|flickr30k|retrieval|imagenet|image_?classification", re.IGNORECASE)
 # Who may name tasks: their own rooms, what makes and checks them, and the two lists of what is registered and public.
-NAMES_TASKS = {"tasks", "tests", "demo", "benchmarks", "docs", "modeling_finetune", "datasets"}
+NAMES_TASKS = {"sources", "tasks", "tests", "demo", "benchmarks", "docs", "modeling_finetune", "datasets"}
 NAMES_MODELS = "beit3/model/names.py"
 # A text of examples is shown to people and decides nothing; it stands at the top of a module under this name.
 SHOWN_ONLY = "EXAMPLES"
