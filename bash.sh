@@ -3,16 +3,21 @@
 #
 #   bash bash.sh                                  without DATA_PATH: makes the embedded demo and learns it (a few minutes on a CPU)
 #   DATA_PATH=/data/coco SPM=beit3.spm FINETUNE=beit3_base_patch16_224.pth GPUS=8 bash bash.sh
-#                                                 the published recipe on your data
+#                                                 the published recipe on COCO
+#   TRAIN=vqa.csv IMAGE_PATH=photos SPM=beit3.spm FINETUNE=beit3_base_patch16_224.pth bash bash.sh
+#                                                 your own pictures and a table of questions or captions (docs/DATA.md);
+#                                                 DATA_PATH=photos where the table lies with the pictures
+#   … bash bash.sh --check                        looks at the data, trains nothing, says what a training would take
 #   … bash bash.sh --batch_size 8                 any flag of run_beit3_finetuning.py: the last one given counts
 #
 # DATA_PATH     folder with train2014/ val2014/ test2015/ and, for the first run, the official files in vqa/
-#               (captioning: dataset_coco.json)
-# IMAGE_PATH    folder with the pictures, where they lie elsewhere (DATA_PATH)
+#               (captioning: dataset_coco.json); of own data the folder where its index goes (beside the table)
+# TRAIN, VAL, TEST    own data: a table, JSON file, pair of them joined by a comma, or folder for each
+# IMAGE_PATH    folder with the pictures, where they lie elsewhere (DATA_PATH; of own data the table's folder)
 # SPM           the tokenizer (beit3.spm)
 # FINETUNE      weights to start from (beit3_base_patch16_224.pth, or large as MODEL is); set but empty: fresh weights
 # MODEL         beit3_base_patch16_480; the size of the pictures follows from it
-# TASK          what to learn: a recipe in runs/recipes/ (vqav2)
+# TASK          what to learn: a recipe in runs/recipes/ (vqav2; of own data vqa or captioning, by its columns)
 # OUTPUT_DIR    checkpoints and log.txt (output; of the demo output/demo_TASK)
 # LOG_DIR       TensorBoard files (OUTPUT_DIR/tensorboard)
 # GPUS          processes on this machine (all GPUs; 1 without)
@@ -23,6 +28,16 @@ source "$(dirname "${BASH_SOURCE[0]}")/scripts/environment.sh"
 in_project use_environment requirements.txt $RUNTIME_MODULES
 choose_launcher "${root}run_beit3_finetuning.py"
 
+sources=()
+[ -z "${TRAIN:-}" ] || sources+=(--train "$TRAIN")
+[ -z "${VAL:-}" ] || sources+=(--val "$VAL")
+[ -z "${TEST:-}" ] || sources+=(--test "$TEST")
+[ ${#sources[@]} = 0 ] || set -- "${sources[@]}" "$@"
+own=
+if is_own_data "$@"; then
+    own=$(run_module tasks.own_data "${DATA_PATH:-}" "${TASK:-}" "${IMAGE_PATH:-}" "$@")
+    { read -r TASK && read -r DATA_PATH && read -r IMAGE_PATH; } <<< "$own"
+fi
 TASK=${TASK:-vqav2}
 if [ ! -f "$project/runs/recipes/$TASK.base.flags" ]; then
     echo "error: TASK=$TASK is not there yet; there are $(recipe_names)" >&2
@@ -45,14 +60,20 @@ else
         read_recipe "$TASK.base"
         echo "no recipe for the $size model: taking that of base"
     fi
-    recipe+=(--model "$MODEL" --finetune "${FINETUNE-beit3_${size}_patch16_224.pth}")
-    keep_pairs_per_step "$@"
+    FINETUNE=${FINETUNE-beit3_${size}_patch16_224.pth}
+    recipe+=(--model "$MODEL" --finetune "$FINETUNE")
+    [ -n "$own" ] || keep_pairs_per_step "$@"
     after="DATA_PATH=$DATA_PATH FINETUNE=$OUTPUT_DIR/checkpoint-best bash ${root}prediction.sh"
     [ "$TASK" != nocaps ] || after="TASK=nocaps $after"
 fi
 images=()
 [ -z "${IMAGE_PATH:-}" ] || images=(--image_path "$IMAGE_PATH")
-run_module tasks.make_index "$TASK" "$DATA_PATH" "$SPM" ${IMAGE_PATH:+"$IMAGE_PATH"}
+run_module tasks.make_index "$TASK" "$DATA_PATH" "$SPM" ${IMAGE_PATH:+"$IMAGE_PATH"} "${@}"
+if [ -n "$own" ]; then
+    plan_by_size "$@"
+    after="FINETUNE=$OUTPUT_DIR/checkpoint-best bash ${root}prediction.sh photo.jpg"
+    [ "$TASK" != vqa ] || after+=' "What is it?"'
+fi
 
 run_handing_on_signals "${launch[@]}" --task "$TASK" "${recipe[@]}" ${images[@]+"${images[@]}"} \
     --sentencepiece_model "$SPM" --data_path "$DATA_PATH" --output_dir "$OUTPUT_DIR" \

@@ -8,14 +8,18 @@ was resumed, see the same examples in the same order.
 from beit3.data.image_text import ImageTextDataset, collate_image_text, pad_text
 from beit3.data.loading import EpochSampler, EvaluationSampler, build_loader
 from tasks.captioning.dataset import CaptioningDataset, collate_captions, mask_caption
+from tasks.captioning.own_dataset import CaptionDataset
 from tasks.vqav2.answers import normalize_word
 from tasks.vqav2.dataset import VQAv2Dataset, collate_vqa, read_answers
+from tasks.vqav2.own_dataset import VQADataset
 
 __all__ = [
+    "CaptionDataset",
     "CaptioningDataset",
     "EpochSampler",
     "EvaluationSampler",
     "ImageTextDataset",
+    "VQADataset",
     "VQAv2Dataset",
     "build_loader",
     "collate_captions",

@@ -114,7 +114,7 @@ def _task_of(checkpoint: About, task: str | None) -> TaskSettings:
             )
         raise InputError(f"{checkpoint.path}: for the task {name!r}; {wanted}")
     settings = settings_of(name)()
-    if said is not None and said != settings.trains_as:
+    if not settings.can_use(said):
         raise InputError(f"{checkpoint.path}: made for the task {said}, asked for {name}")
     return settings
 

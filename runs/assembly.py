@@ -20,7 +20,7 @@ from beit3.model.weights import Checkpoint, load_weights, read_checkpoint
 from beit3.system.errors import InputError
 from beit3.training.backends import Backend, BackendSettings, PlainBackend, choose_precision, prediction_context
 from beit3.training.ema import ModelEma
-from beit3.training.memory_estimate import GIGABYTE, training_demand
+from beit3.training.memory_estimate import GIGABYTE, Demand, training_demand
 from modeling_finetune import BEiT3Model, create_model, load_model
 from optim_factory import cosine_schedule, create_optimizer, parameter_groups
 from runs import output_folder
@@ -261,10 +261,9 @@ def make_schedule(optimizer: OptimizerSettings, steps_per_epoch: int, epochs: in
     )
 
 
-def announce_memory(settings: Settings, task: Task, model: BEiT3Model, process: utils.Process, room: float) -> None:
-    """Say what the training will take of `room` bytes, and what to do where that is not enough."""
-    deepspeed = settings.deepspeed
-    demand = training_demand(
+def memory_demand(settings: Settings, task: Task, model: BEiT3Model, process: utils.Process) -> Demand:
+    """What a step of the training takes."""
+    return training_demand(
         model.beit3.config,
         model.num_parameters,
         backend_settings(settings, process),
@@ -272,17 +271,28 @@ def announce_memory(settings: Settings, task: Task, model: BEiT3Model, process: 
         text_tokens=task.text_tokens(),
         output_values=task.output_values(model),
         causal_text=task.causal_text,
-        zero=deepspeed.enable_deepspeed,
+        zero=settings.deepspeed.enable_deepspeed,
         world_size=process.world_size,
         average=settings.model.model_ema and not settings.model.model_ema_force_cpu,
     )
-    logger.info("memory per process on %s, about %s; %.1f GB are free", process.device.type, demand, room / GIGABYTE)
-    advice = demand.advice(
+
+
+def memory_advice(settings: Settings, demand: Demand, room: float) -> str | None:
+    """What to do where `room` bytes may be too few; None where they are enough."""
+    deepspeed = settings.deepspeed
+    return demand.advice(
         room,
         update_freq=settings.optimizer.update_freq,
         zero_stage=deepspeed.zero_stage if deepspeed.enable_deepspeed else 0,
         recomputes=settings.model.checkpoint_activations,
     )
+
+
+def announce_memory(settings: Settings, task: Task, model: BEiT3Model, process: utils.Process, room: float) -> None:
+    """Say what the training will take of `room` bytes, and what to do where that is not enough."""
+    demand = memory_demand(settings, task, model, process)
+    logger.info("memory per process on %s, about %s; %.1f GB are free", process.device.type, demand, room / GIGABYTE)
+    advice = memory_advice(settings, demand, room)
     if advice is not None:
         logger.warning("%s", advice)
 

@@ -229,7 +229,7 @@ class _Reader:
     ) -> None:
         """Give flags the values that the checkpoint states; what was given must agree with it."""
         said, suffix = checkpoint.description, f"_{task.model_suffix}"
-        if said.get("task", task.trains_as) != task.trains_as:
+        if not task.can_use(said.get("task")):
             self._differs(checkpoint, "task", said["task"], f"--task {task.name}")
             raise InputError(self.problems)  # what else differs follows from it
         for values_read, flags in [(read[name], flags_of(CONCERNS[name])) for name in CONCERNS] + [

@@ -107,11 +107,37 @@ keep_pairs_per_step() {
     local updates=$(((pairs + at_once / 2) / at_once))
     [ "$updates" -ge 1 ] || updates=1
     if [ $((updates * at_once)) = "$pairs" ]; then
-        echo "$pairs pairs per step, as published: $at_once at once, --update_freq $updates"
+        echo "$pairs pairs per step, as ${said:-published}: $at_once at once, --update_freq $updates"
     else
-        echo "$((updates * at_once)) pairs per step, not the published $pairs, which $at_once at once do not give"
+        echo "$((updates * at_once)) pairs per step, not the ${said:-published} $pairs, which $at_once at once do not give"
     fi
     recipe+=(--update_freq "$updates")
+}
+
+# Whether bash.sh is to learn from somebody's own data: it is named, or a table or its index lies in DATA_PATH, and not
+# COCO's official files or index.
+is_own_data() {
+    case " ${TASK:-} $* " in
+        *" vqa "* | *" captioning "* | *" --train "* | *" --train="*) return 0 ;;
+    esac
+    [ -n "${DATA_PATH:-}" ] && [ -z "${TASK:-}" ] && [ ! -e "$DATA_PATH/vqa.rest_val.jsonl" ] || return 1
+    compgen -G "$DATA_PATH/metadata.*" > /dev/null || compgen -G "$DATA_PATH/train.*" > /dev/null ||
+        compgen -G "$DATA_PATH/train-*.parquet" > /dev/null || compgen -G "$DATA_PATH/train/metadata.*" > /dev/null ||
+        [ -e "$DATA_PATH/vqa.train.jsonl" ] || [ -e "$DATA_PATH/captioning.train.jsonl" ]
+}
+
+# Adds to recipe how long to learn from so many rows; arguments as bash.sh's.
+plan_by_size() {
+    local planned most said=planned
+    planned=$(run_module tasks.recipe_by_size "$TASK" "$DATA_PATH" "$FINETUNE")
+    { read -r pairs && read -r -a most; } <<< "$planned"
+    recipe+=("${most[@]}")
+    local batch
+    batch=$((pairs / (GPUS * ${NNODES:-1})))
+    [ "$batch" -ge 1 ] || batch=1
+    [ "$batch" -le 64 ] || batch=64
+    recipe+=(--batch_size "$batch")
+    keep_pairs_per_step "$@"
 }
 
 # Runs a command and hands on a SIGTERM that this script gets, so that the training can write its checkpoint first. (Ctrl-C

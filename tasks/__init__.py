@@ -9,6 +9,8 @@ from tasks.settings import TaskSettings
 
 # --task NAME → `module:Class` of its settings
 TASKS = {
+    "vqa": "tasks.vqav2.own_settings:VQASettings",
+    "captioning": "tasks.captioning.own_settings:OwnCaptioningSettings",
     "vqav2": "tasks.vqav2.settings:VQAv2Settings",
     "coco_captioning": "tasks.captioning.settings:CaptioningSettings",
     "nocaps": "tasks.captioning.settings:NoCapsSettings",

@@ -167,6 +167,10 @@ class Task(abc.ABC):
         final: after a prediction (`--eval`), with what takes long or needs the official files; False: after an epoch.
         """
 
+    def looked_at(self, train: ImageTextDataset, val: ImageTextDataset) -> list[str]:
+        """What a person should know of the data before training, in sentences; for `--check`."""
+        return [f"{len(train)} rows of training, {len(val)} of validation"]
+
     def check_rows(self, dataset: ImageTextDataset, split: str) -> list[str]:
         """What is wrong with the rows as a submission of the split: asked twice, missing, unknown. Empty: nothing.
 

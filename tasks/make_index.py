@@ -1,34 +1,65 @@
-"""`python -m tasks.make_index TASK DATA_PATH SPM [IMAGE_PATH]`: make a task's index files unless they are there.
+"""`python -m tasks.make_index TASK DATA_PATH SPM [IMAGE_PATH] [FLAGS]`: make a task's index unless it is there.
 
-The same as calling the data set's `make_dataset_index` in a Python shell.
+The same as calling the data set's `make_dataset_index` in a Python shell. FLAGS: those of a training; the ones that
+decide an index of own data are taken, such as `--train vqa.csv`, and the others are for the training to judge.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
 from beit3.system.errors import InputError
+from beit3.system.flags import Parser, flags_of, values
 from beit3.system.terminal import for_terminal, print_anywhere
 from tasks import TASKS, settings_of
 
+T = TypeVar("T")
 
-def main(task_name: str, data_path: str, tokenizer_path: str, image_path: str | None = None) -> int:
+
+def main(*arguments: str) -> int:
     print_anywhere()
     try:
+        task_name, data_path, tokenizer_path, image_path, flags = _parts(arguments)
         if task_name not in TASKS:
             raise InputError(f"task {task_name} is not there yet; there is {', '.join(TASKS)}")
         if not Path(tokenizer_path).is_file():
             raise InputError(f"{tokenizer_path}: no such tokenizer file")
-        images = None if image_path is None else Path(image_path)
-        settings_of(task_name).make_index(Path(data_path), tokenizer_path, images)
+        settings = read_flags(settings_of(task_name), flags)
+        settings.make_index(Path(data_path), tokenizer_path, None if image_path is None else Path(image_path))
     except InputError as error:
         print(for_terminal(f"error: {error}"), file=sys.stderr)
         return 2
     return 0
 
 
+def _parts(arguments: Sequence[str]) -> tuple[str, str, str, str | None, Sequence[str]]:
+    """Task, data path, tokenizer, folder of pictures, flags."""
+    first = next((place for place, word in enumerate(arguments) if word.startswith("--")), len(arguments))
+    if first not in (3, 4):
+        raise InputError(f"three or four values are wanted before the flags, found {first}; {__doc__}")
+    named = arguments[:first]
+    return named[0], named[1], named[2], named[3] if first == 4 else None, arguments[first:]
+
+
+def read_flags(kind: type[T], flags: Sequence[str]) -> T:
+    """Settings of a kind, with those of its own flags that are among these.
+
+    Raises:
+        InputError: one of them has a value that it does not take.
+    """
+    parser = Parser()
+    for each in flags_of(kind):
+        each.add_to(parser, any_count=True)
+    parsed, _ = parser.parse_known_args(list(flags))
+    problems: list[str] = []
+    read: dict[str, Any] = values(kind, vars(parsed), problems)
+    if problems:
+        raise InputError(problems)
+    return kind(**read)
+
+
 if __name__ == "__main__":
-    if len(sys.argv) not in (4, 5):
-        sys.exit(__doc__)
     sys.exit(main(*sys.argv[1:]))

@@ -84,6 +84,7 @@ class TaskSettings:
         name: as `--task` takes it.
         task: `module:Class` of the other half, a `tasks.base.Task`.
         trains_as: what checkpoints say they are for; tasks with the same can use each other's.
+        answers_for: what checkpoints may say besides, that this task can predict with.
         model_suffix: of the registered model names, see `beit3.model.names`.
         splits: what `--eval` can predict.
         uses_text: whether there is a tokenizer.
@@ -96,6 +97,7 @@ class TaskSettings:
     name: ClassVar[str]
     task: ClassVar[str]
     trains_as: ClassVar[str]
+    answers_for: ClassVar[tuple[str, ...]] = ()
     model_suffix: ClassVar[str]
     splits: ClassVar[tuple[str, ...]]
     uses_text: ClassVar[bool] = True
@@ -107,6 +109,11 @@ class TaskSettings:
     def problems(self, data: DataSettings, training: bool) -> list[str]:
         """What is wrong with the flags together, and files that are missing, each with how to get it."""
         raise NotImplementedError
+
+    @classmethod
+    def can_use(cls, said: str | None) -> bool:
+        """Whether a checkpoint that says this of its task, None for nothing, can be predicted with."""
+        return said in (None, cls.trains_as, *cls.answers_for)
 
     def index_fit(self, data: DataSettings, training: bool, tokenizer: tuple[str, str] | None) -> list[Fit]:
         """How the index files fit what is there now. tokenizer: its name for people and its SHA-256."""
@@ -121,9 +128,8 @@ class TaskSettings:
         """
         return {}, [] if answers is None else [f"--answers {answers}: a model for {self.name} has no list of answers"]
 
-    @classmethod
-    def make_index(cls, data_path: Path, tokenizer: str, image_path: Path | None = None) -> None:
-        """Make the index files in `data_path` from the official annotations, unless they are there and fit.
+    def make_index(self, data_path: Path, tokenizer: str, image_path: Path | None = None) -> None:
+        """Make the index files in `data_path` from annotations or tables, unless they are there and fit.
 
         image_path: holds the pictures; None: `data_path` does.
         """

@@ -31,7 +31,7 @@ def data(tmp_path_factory):
     """mini_coco with its index files made; not to be written to."""
     root = tmp_path_factory.mktemp("data") / "coco"
     shutil.copytree(reference.MINI_COCO, root)
-    CaptioningSettings.make_index(root, str(root / "mini.spm"))
+    CaptioningSettings().make_index(root, str(root / "mini.spm"))
     return root
 
 
@@ -168,7 +168,7 @@ def test_files_that_are_missing_are_named_with_the_way_to_make_them(coco):
 
 def test_index_files_that_are_there_are_kept(coco):
     (coco / "dataset_coco.json").unlink()
-    CaptioningSettings.make_index(coco, str(coco / "mini.spm"))
+    CaptioningSettings().make_index(coco, str(coco / "mini.spm"))
 
 
 def test_a_training_step_gives_the_loss_of_the_specification(coco):
@@ -355,7 +355,7 @@ def nocaps(coco):
             shutil.copy(coco / f"train2014/COCO_train2014_{number:012d}.jpg", coco / split / f"{number}.jpg")
         annotations = [{"id": n, "image_id": n, "caption": f"A picture with number {n}"} for n in numbers]
         (coco / source).write_text(json.dumps({"images": images, "annotations": annotations}))
-    NoCapsSettings.make_index(coco, str(coco / "mini.spm"))
+    NoCapsSettings().make_index(coco, str(coco / "mini.spm"))
     return coco
 
 

@@ -122,6 +122,28 @@ class IntField:
         return _compact(np.asarray(self.values))
 
 
+class FloatField:
+    """A finite number of at least 0 per row, such as a weight; `default` where a line does not say it."""
+
+    def __init__(self, name: str, default: float):
+        self.name, self.default = name, default
+        self.values = array("f")
+
+    def add(self, value: Any) -> None:
+        if type(value) not in (int, float) or not 0 <= value < 1e30:
+            raise ValueError(f"a number of at least 0 expected, found {_shorten(value)}")
+        self.values.append(value)
+
+    def add_blank(self) -> None:
+        self.values.append(self.default)
+
+    def problems(self) -> Iterator[Problem]:
+        return iter(())
+
+    def finish(self) -> np.ndarray:
+        return np.asarray(self.values)
+
+
 class ListField:
     """A list of numbers per row; the kinds below say which numbers."""
 
@@ -267,7 +289,7 @@ class PathField(StringField):
             yield row, f"{self.name}: {self.root} has no folder {folder!r}; pictures are looked for there"
 
 
-Field = IntField | IntListField | ScoreListField | StringField
+Field = IntField | FloatField | IntListField | ScoreListField | StringField
 
 
 def read_index(
@@ -352,7 +374,8 @@ class _Reader:
             try:
                 field.add(entry[name])
             except KeyError:
-                self.problems.append((self.num_rows, f"{name} is missing"))
+                if not isinstance(field, FloatField):  # it has a default
+                    self.problems.append((self.num_rows, f"{name} is missing"))
                 field.add_blank()
             except (ValueError, OverflowError) as error:
                 self.problems.append((self.num_rows, f"{name}: {error}"))

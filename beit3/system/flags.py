@@ -18,9 +18,11 @@ import typing
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from beit3.system.errors import InputError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -224,3 +226,32 @@ def _plain(value: Any) -> Any:
     if isinstance(value, tuple):
         return list(value)
     return str(value) if isinstance(value, Path) else value
+
+
+def checked(settings: type[T], **chosen: Any) -> T:
+    """A settings object with these values, held to the bounds of its flags, for callers in Python.
+
+    Raises:
+        InputError: listing every name that is no flag and every value that a flag does not take.
+    """
+    known, problems, read = {each.name: each for each in flags_of(settings)}, [], {}
+    for name, value in chosen.items():
+        if name not in known:
+            problems.append(f"{name}: no such choice; there are {', '.join(known)}")
+            continue
+        try:
+            read[name] = value if value is None else known[name].read(_given(value))
+        except ValueError as error:
+            problems.append(f"{name}={value!r}: {error}")
+    if problems:
+        raise InputError(problems)
+    return settings(**read)
+
+
+def _given(value: Any) -> Any:
+    """A value as a command line would give it."""
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, Mapping):
+        return ",".join(f"{name}={other}".replace(",", "\\,") for name, other in value.items())
+    return [str(each) for each in value] if isinstance(value, tuple | list) else str(value)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from beit3.data.image_text import CAPTION_MASK, ImageTextDataset, Item, Transform, pad_text
-from beit3.data.index_table import IntField, PathField, RaggedArray, TokenField, read_index
+from beit3.data.index_table import Field, IntField, PathField, RaggedArray, TokenField, read_index
 from beit3.data.tokenizer import UNK_ID
 from beit3.system.errors import InputError
 from tasks.captioning import index as captioning_index
@@ -33,9 +34,14 @@ class CaptioningDataset(ImageTextDataset):
     Raises InputError listing the bad lines of the index, each with file and line.
     """
 
-    SPLITS = {  # noqa: RUF012  never changed
+    SPLITS: ClassVar[Mapping[str, tuple[str, ...]]] = {
         captioning_index.COCO: captioning_index.COCO_SPLITS,
         captioning_index.NOCAPS: tuple(captioning_index.NOCAPS_FILES),
+    }
+    MAKERS: ClassVar[Mapping[str, str]] = {
+        captioning_index.COCO: 'CaptioningDataset.make_coco_captioning_dataset_index(data_path="…", '
+        'tokenizer=XLMRobertaTokenizer("…/beit3.spm"))',
+        captioning_index.NOCAPS: 'CaptioningDataset.make_nocaps_captioning_dataset_index(data_path="…")',
     }
 
     def __init__(
@@ -55,11 +61,6 @@ class CaptioningDataset(ImageTextDataset):
     ):
         if split not in self.SPLITS[source]:
             raise InputError(f"{source} has no split {split!r}; there are {', '.join(self.SPLITS[source])}")
-        maker = {
-            captioning_index.COCO: 'make_coco_captioning_dataset_index(data_path="…", '
-            'tokenizer=XLMRobertaTokenizer("…/beit3.spm"))',
-            captioning_index.NOCAPS: 'make_nocaps_captioning_dataset_index(data_path="…")',
-        }
         self.has_text = split == "train"
         table = read_index(
             [Path(data_path) / captioning_index.index_file(source, split)],
@@ -67,8 +68,9 @@ class CaptioningDataset(ImageTextDataset):
                 PathField("image_path", data_path if image_path is None else image_path),
                 TokenField("text_segment", vocab_size, optional=not self.has_text),
                 IntField("image_id"),
+                *self.further_fields(),
             ],
-            how_to_make=f"CaptioningDataset.{maker[source]} in a Python shell makes it",
+            how_to_make=f"{self.MAKERS[source]} in a Python shell makes it",
         )
         super().__init__(data_path, table, transform, num_max_bpe_tokens, seed, image_path)
         self.vocab_size, self.mask_prob = vocab_size, mask_prob
@@ -76,6 +78,10 @@ class CaptioningDataset(ImageTextDataset):
         self.lines = None  # of the index that belong to each row; None: line and row are the same
         if self.has_text and captions_per_image > 1:
             self.lines = _lines_by_picture(table["image_path"].numbers, captions_per_image)
+
+    def further_fields(self) -> list[Field]:
+        """What a line says beside."""
+        return []
 
     def __len__(self) -> int:
         return len(self.table) if self.lines is None else len(self.lines)

@@ -22,7 +22,7 @@ from beit3.data.tokenizer import BatchEncoder
 from beit3.system.atomic_files import atomic_writes
 from tasks.captioning.references import KarpathyImage, as_coco, captions_of, karpathy_images
 
-COCO, NOCAPS = "coco_captioning", "nocaps"  # what the index files are named after
+COCO, NOCAPS, OWN = "coco_captioning", "nocaps", "captioning"  # what the index files are named after
 COCO_SPLITS = ("train", "val", "test")
 KARPATHY_FILE = "dataset_coco.json"
 KARPATHY_COUNTS = {"train": 113287, "val": 5000, "test": 5000}  # images in it, restval counted with train
@@ -35,7 +35,7 @@ CAPTION = itemgetter(2)  # of a _Row
 
 
 def index_file(source: str, split: str) -> str:
-    """source: `COCO` or `NOCAPS`."""
+    """source: `COCO`, `NOCAPS` or `OWN`."""
     return f"{source}.{split}.jsonl"
 
 
@@ -43,9 +43,9 @@ def description_file(source: str) -> str:
     return f"{source}.index.json"
 
 
-def ground_truth_file(split: str) -> str:
+def ground_truth_file(split: str, source: str = COCO) -> str:
     """The captions people wrote for the images of "val" or "test", in COCO's format; beside the index."""
-    return f"{COCO}.{split}.references.json"
+    return f"{source}.{split}.references.json"
 
 
 def make_coco_captioning_dataset_index(

@@ -51,6 +51,7 @@ class CaptioningSettings(TaskSettings):
     steps_version: ClassVar[int] = 2  # 1: a loss made by hand, which rounded otherwise
     published: ClassVar[Mapping[str, Any]] = {"num_max_bpe_tokens": 32}
     source: ClassVar[str] = COCO  # of the pictures that are predicted
+    training_source: ClassVar[str] = COCO  # of those that are learned
 
     def problems(self, data: DataSettings, training: bool) -> list[str]:
         problems = []
@@ -66,22 +67,28 @@ class CaptioningSettings(TaskSettings):
     def _missing_files(self, data: DataSettings, training: bool) -> list[str]:
         """Index files, and what validation is scored against."""
         folder = data.data_path
-        wanted = [(COCO, "train"), (self.source, "val")] if training else [(self.source, data.split)]
+        training_files = [(self.training_source, "train"), (self.source, "val")]
+        wanted = training_files if training else [(self.source, data.split)]
         missing = [(source, split) for source, split in wanted if not (folder / index_file(source, split)).is_file()]
-        makers = {
-            COCO: f'CaptioningDataset.make_coco_captioning_dataset_index(data_path="{folder}", '
-            f'tokenizer=XLMRobertaTokenizer("{data.sentencepiece_model}"))',
-            NOCAPS: f'CaptioningDataset.make_nocaps_captioning_dataset_index(data_path="{folder}")',
-        }
-        calls = [makers[source] for source in dict.fromkeys(source for source, _ in missing)]
+        calls = [self.maker(source, data) for source in dict.fromkeys(source for source, _ in missing)]
         problems = missing_index(data, [index_file(*each) for each in missing], calls)
         references = self.reference_files(folder, "val")
-        if training and self.source == COCO and not any(file.is_file() for file in references):
+        if training and self.source == self.training_source and not any(file.is_file() for file in references):
+            karpathy = "; the first is written when the index is made, the second is Karpathy's file"
             problems.append(
-                f"{folder}: validation cannot be scored without {' or '.join(file.name for file in references)}; the "
-                "first is written when the index is made, the second is Karpathy's file"
+                f"{folder}: validation cannot be scored without {' or '.join(file.name for file in references)}"
+                + (karpathy if len(references) > 1 else ", which is written when the index is made")
             )
         return problems
+
+    def maker(self, source: str, data: DataSettings) -> str:
+        """The call that makes the index files of a source."""
+        if source == NOCAPS:
+            return f'CaptioningDataset.make_nocaps_captioning_dataset_index(data_path="{data.data_path}")'
+        return (
+            f'CaptioningDataset.make_coco_captioning_dataset_index(data_path="{data.data_path}", '
+            f'tokenizer=XLMRobertaTokenizer("{data.sentencepiece_model}"))'
+        )
 
     def reference_files(self, folder: Path, split: str) -> list[Path]:
         """Where the captions people wrote may be, the better first."""
@@ -89,13 +96,12 @@ class CaptioningSettings(TaskSettings):
 
     def index_fit(self, data: DataSettings, training: bool, tokenizer: tuple[str, str] | None) -> list[Fit]:
         """Only the rows of training hold texts."""
-        folder, sources = data.data_path, {self.source: None, **({COCO: tokenizer} if training else {})}
+        folder, sources = data.data_path, {self.source: None, **({self.training_source: tokenizer} if training else {})}
         return [
             look(folder, description_file(source), VERSION, data.image_path, asked) for source, asked in sources.items()
         ]
 
-    @classmethod
-    def make_index(cls, data_path: Path, tokenizer: str, image_path: Path | None = None) -> None:
+    def make_index(self, data_path: Path, tokenizer: str, image_path: Path | None = None) -> None:
         asked = hash_of_file(tokenizer)
         make_unless_it_fits(
             data_path,
@@ -115,8 +121,7 @@ class NoCapsSettings(CaptioningSettings):
     def reference_files(self, folder: Path, split: str) -> list[Path]:
         return [folder / NOCAPS_FILES["val"]] if split == "val" else []  # the test's are secret
 
-    @classmethod
-    def make_index(cls, data_path: Path, tokenizer: str, image_path: Path | None = None) -> None:
+    def make_index(self, data_path: Path, tokenizer: str, image_path: Path | None = None) -> None:
         super().make_index(data_path, tokenizer, image_path)
         make_unless_it_fits(
             data_path,

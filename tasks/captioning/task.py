@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -19,11 +19,12 @@ from beit3.system.errors import InputError, printable
 from tasks.base import Caption, Columns, Scores, Task, told_twice
 from tasks.captioning.dataset import CaptioningDataset
 from tasks.captioning.generation import generate
-from tasks.captioning.index import COCO, KARPATHY_FILE
+from tasks.captioning.index import KARPATHY_FILE
 from tasks.captioning.losses import drop_worst, masked_token_losses
 from tasks.captioning.references import coco_ground_truth, load_references
 from tasks.captioning.scores.constant_caption import best_constant_caption
 from tasks.captioning.scores.scores import CaptionScores, caption_metrics
+from tasks.looking import of_texts
 
 CANDIDATES = 300  # the most frequent captions people wrote, tried for the baseline
 
@@ -35,17 +36,18 @@ class Captioning(Task):
 
     best_metric = "CIDEr"
     causal_text = True
+    dataset_class: ClassVar[type[CaptioningDataset]] = CaptioningDataset
 
     def __init__(self, *parts: Any) -> None:
         super().__init__(*parts)
         self._references: dict[str, References | None] = {}
 
     def dataset(self, split: str, training: bool) -> CaptioningDataset:
-        return CaptioningDataset(
+        return self.dataset_class(
             self.data.data_path,
             split,
             self.transform(training),
-            source=COCO if split == "train" else self.settings.source,
+            source=self.settings.training_source if split == "train" else self.settings.source,
             vocab_size=self.tokenizer.vocab_size,
             mask_id=self.tokenizer.mask_id,
             num_max_bpe_tokens=self.data.num_max_bpe_tokens,
@@ -72,6 +74,8 @@ class Captioning(Task):
         )  # (hidden tokens, vocabulary)
         targets = batch["targets"]
         losses = masked_token_losses(logits, targets, self.settings.label_smoothing)
+        if "token_weight" in batch:  # own data may say that some captions count more
+            losses = losses * batch["token_weight"]
         accuracy = (logits.detach().argmax(dim=1) == targets).float().mean()
         ratio = self.settings.drop_worst_ratio if step > self.settings.drop_worst_after else 0.0
         return {"loss": drop_worst(losses, ratio), "acc": accuracy}
@@ -132,6 +136,14 @@ class Captioning(Task):
         else:
             kept[f"{self.name}_result_{split}"] = report
         return Scores(dict(scores.scores), report, _report_lines(report, scores), kept)
+
+    def looked_at(self, train: ImageTextDataset, val: ImageTextDataset) -> list[str]:
+        said, references = [*super().looked_at(train, val), of_texts(train, "captions")], self.references("val")
+        if references is not None:
+            shown = set(val.table["image_id"][:].tolist())
+            constant = _constant_caption({image: told for image, told in references.items() if image in shown})
+            said.append(f"CIDEr {constant['CIDEr']:.4f} is reached by saying {constant['caption']!r} of every picture")
+        return said
 
     def check_rows(self, dataset: ImageTextDataset, split: str) -> list[str]:
         """Pictures that stand in the index twice, or that nobody wrote captions of where these are there."""

@@ -39,6 +39,7 @@ class VQAv2Settings(TaskSettings):
     asks: ClassVar[bool] = True
     most_answers: ClassVar[int] = 5
     splits: ClassVar[tuple[str, ...]] = ("test", "test-dev", "val")
+    split_files: ClassVar[Mapping[str, tuple[str, ...]]] = SPLIT_FILES
 
     def problems(self, data: DataSettings, training: bool) -> list[str]:
         problems = []
@@ -51,15 +52,18 @@ class VQAv2Settings(TaskSettings):
     def _missing_files(self, data: DataSettings, training: bool) -> list[str]:
         folder = data.data_path
         splits = ("train", "val") if training else (data.split,)
-        files = [index_file(name) for split in splits for name in SPLIT_FILES.get(split, ())]
+        files = [index_file(name) for split in splits for name in self.split_files.get(split, ())]
         missing = [name for name in files if not (folder / name).is_file()]
         if training and not (folder / ANSWER_FILE).is_file():
             missing.append(ANSWER_FILE)
-        maker = (
-            f'VQAv2Dataset.make_dataset_index(data_path="{folder}", '
-            f'tokenizer=XLMRobertaTokenizer("{data.sentencepiece_model}"), annotation_data_path="{folder / "vqa"}")'
+        return missing_index(data, missing, [self.maker(data)])
+
+    def maker(self, data: DataSettings) -> str:
+        """The call that makes the index files."""
+        return (
+            f'VQAv2Dataset.make_dataset_index(data_path="{data.data_path}", tokenizer=XLMRobertaTokenizer('
+            f'"{data.sentencepiece_model}"), annotation_data_path="{data.data_path / "vqa"}")'
         )
-        return missing_index(data, missing, [maker])
 
     def index_fit(self, data: DataSettings, training: bool, tokenizer: tuple[str, str] | None) -> list[Fit]:
         return [look(data.data_path, DESCRIPTION, VERSION, data.image_path, tokenizer)]
@@ -82,8 +86,7 @@ class VQAv2Settings(TaskSettings):
             return {}, [f"its head has {head} answers, --answers {answers} has {len(named)}; it is not its list"]
         return {"answers": known}, []
 
-    @classmethod
-    def make_index(cls, data_path: Path, tokenizer: str, image_path: Path | None = None) -> None:
+    def make_index(self, data_path: Path, tokenizer: str, image_path: Path | None = None) -> None:
         names = [index_file(name) for files in SPLIT_FILES.values() for name in files]
         annotations = data_path / "vqa" if (data_path / "vqa").is_dir() else data_path
         seed = said_of(data_path, DESCRIPTION, "seed", 0)  # another one would choose other pictures for validation

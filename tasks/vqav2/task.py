@@ -19,8 +19,10 @@ from beit3.model.weights import Checkpoint, HeadRows
 from beit3.system.errors import InputError, printable
 from tasks.base import Answer, Columns, Scores, Task, told_twice
 from tasks.calibration import fit
+from tasks.looking import of_texts
 from tasks.vqav2.answers import ANSWER_FILE, MIN_PEOPLE, answers_said, rows_by_text, vqa_accuracy
-from tasks.vqav2.dataset import VQAv2Dataset, read_answers
+from tasks.vqav2.dataset import QuestionDataset, VQAv2Dataset, read_answers
+from tasks.vqav2.looking import look
 from tasks.vqav2.settings import HEAD
 
 logger = logging.getLogger(__name__)
@@ -99,7 +101,7 @@ class VQAv2(Task):
                 "which would, is not there; make_dataset_index writes it"
             )
 
-    def dataset(self, split: str, training: bool) -> VQAv2Dataset:
+    def dataset(self, split: str, training: bool) -> QuestionDataset:
         return VQAv2Dataset(
             self.data.data_path,
             split,
@@ -171,6 +173,10 @@ class VQAv2(Task):
             calibration = fit(columns["logits"].numpy(), self._scores_of_best(columns, dataset))
         lines = _report_lines(report) if report is not None else ()
         return Scores(metrics, report, lines, calibration=calibration)
+
+    def looked_at(self, train: ImageTextDataset, val: ImageTextDataset) -> list[str]:
+        said = look(train, val, self.data_answers, self.tokenizer.decode)
+        return [*super().looked_at(train, val), *said, of_texts(train, "questions")]
 
     def check_rows(self, dataset: ImageTextDataset, split: str) -> list[str]:
         """Questions that are asked twice, or, where the official question file is there, missing or not in it."""

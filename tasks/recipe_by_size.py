@@ -1,0 +1,65 @@
+"""`python -m tasks.recipe_by_size TASK DATA_PATH FINETUNE`: how long to learn from so many rows, as flags.
+
+Few rows want small steps and many passes over them: what matters is the number of steps, as a model that has taken too
+few has not learned, and one pass over 800 rows has only fifty. Prints the pairs per step, then the flags; on standard
+error a line that says why.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+STEPS = 1500  # of a training from pre-trained weights, where the rows are few
+STEPS_FROM_SCRATCH = 800
+PAIRS_FROM_SCRATCH = 64
+# Up to so many rows → pairs per step; more take as many as published.
+PAIRS = ((1_000, 16), (5_000, 32), (50_000, 64))
+MOST_PAIRS = 128
+FEWEST_EPOCHS, MOST_EPOCHS, MOST_EPOCHS_FROM_SCRATCH = 10, 40, 100
+WARM_UP = 0.1  # share of all steps, but no more than an epoch of a large data set
+
+
+@dataclass(frozen=True)
+class Plan:
+    """pairs: per step. warmup_steps: in which the learning rate rises."""
+
+    pairs: int
+    epochs: int
+    warmup_steps: int
+
+
+def plan(rows: int, from_scratch: bool) -> Plan:
+    """How to learn from so many training rows."""
+    pairs = next((pairs for most, pairs in PAIRS if rows <= most), MOST_PAIRS)
+    if from_scratch:
+        pairs = PAIRS_FROM_SCRATCH
+    pairs = max(1, min(pairs, rows))
+    per_epoch = max(1, rows // pairs)
+    steps, most = (STEPS_FROM_SCRATCH, MOST_EPOCHS_FROM_SCRATCH) if from_scratch else (STEPS, MOST_EPOCHS)
+    epochs = min(most, max(FEWEST_EPOCHS, math.ceil(steps / per_epoch)))
+    return Plan(pairs, epochs, max(1, round(WARM_UP * epochs * per_epoch)))
+
+
+def main(task: str, data_path: str, finetune: str) -> int:
+    index = Path(data_path) / f"{task}.train.jsonl"
+    with open(index, "rb") as file:
+        rows = sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
+    made = plan(rows, from_scratch=not finetune)
+    start = "from fresh weights" if not finetune else "from pre-trained weights"
+    print(
+        f"{rows} training rows, {start}: {made.pairs} pairs per step, {made.epochs} epochs, {made.warmup_steps} steps "
+        "of warm-up; flags of your own come first",
+        file=sys.stderr,
+    )
+    print(made.pairs)
+    print(f"--epochs {made.epochs} --warmup_steps {made.warmup_steps}")
+    return 0
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 4:
+        sys.exit(__doc__)
+    sys.exit(main(*sys.argv[1:]))

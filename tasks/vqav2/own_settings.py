@@ -1,0 +1,60 @@
+"""Questions about people's own pictures, before PyTorch is loaded: flags, files, and how its index is made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from beit3.data.index_description import hash_of_file, make_unless_it_fits
+from beit3.system.errors import InputError
+from beit3.system.flags import flag
+from sources.gathering import fit_of, home_of, sources_of
+from sources.settings import AnswerSettings, SourceSettings
+from tasks.settings import DataSettings
+from tasks.vqav2.answers import ANSWER_FILE
+from tasks.vqav2.index import DESCRIPTION, index_file
+from tasks.vqav2.own_index import VERSION, write_index
+from tasks.vqav2.settings import VQAv2Settings
+
+SPLIT_FILES = {"train": ("train",), "val": ("val",), "test": ("test",)}
+
+
+@dataclass(frozen=True)
+class VQASettings(AnswerSettings, SourceSettings, VQAv2Settings):
+    balance_answers: bool = flag(
+        False, "rows of rare answers count more in training, so that all answers count alike", decides_steps=True
+    )
+
+    name: ClassVar[str] = "vqa"
+    task: ClassVar[str] = "tasks.vqav2.own_task:VQA"
+    trains_as: ClassVar[str] = "vqa"
+    answers_for: ClassVar[tuple[str, ...]] = ("vqav2",)
+    splits: ClassVar[tuple[str, ...]] = ("test", "val")
+    split_files: ClassVar[Mapping[str, tuple[str, ...]]] = SPLIT_FILES
+
+    def maker(self, data: DataSettings) -> str:
+        return (
+            f'VQADataset.make_dataset_index(train="table.csv", data_path="{data.data_path}", '
+            f'tokenizer="{data.sentencepiece_model}")'
+        )
+
+    def make_index(self, data_path: Path, tokenizer: str, image_path: Path | None = None) -> None:
+        names = [index_file("train"), index_file("val"), ANSWER_FILE]
+        try:
+            sources = sources_of(self, data_path, asks=True)
+        except InputError:
+            if self.named() or not all((data_path / name).is_file() for name in names):
+                raise
+            return  # an index without its sources, made by hand perhaps
+        files = [file for source in sources.values() for file in source.files]
+        data_path.mkdir(parents=True, exist_ok=True)
+        asked = hash_of_file(tokenizer)
+        make_unless_it_fits(
+            data_path,
+            names,
+            lambda: fit_of(data_path, DESCRIPTION, VERSION, self, files, asked),
+            lambda: write_index(data_path, sources, self, tokenizer, image_path or home_of(sources)),
+            files,
+        )
