@@ -62,8 +62,8 @@ def look_at(path: Path) -> Look:
                 break
         else:
             whole = True
-    ending = path.name.lower().removesuffix(".gz").rpartition(".")[2]
-    if ending in ("jsonl", "ndjson") or (whole and window.peek() == "{"):
+    named_lines = path.name.lower().removesuffix(".gz").endswith(".jsonl")
+    if named_lines or (whole and window.peek() == "{"):
         return Look("lines", entry=frozenset(inside))
     return Look("object", inside=inside)
 

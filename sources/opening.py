@@ -11,13 +11,12 @@ from beit3.data.findings import shown
 from beit3.system.errors import InputError
 from sources.look import look_at
 from sources.readers import READERS
-from sources.readers.vqa_pairs import VqaPairs, usual_annotations
+from sources.readers.vqa_pairs import VqaPairs
 from sources.rows import SPLIT_OF, TRAIN, Reading, Row, Source
 
 METADATA = "metadata"  # the table of Hugging Face's "imagefolder"
 # https://huggingface.co/docs/datasets/image_dataset
 METADATA_ENDINGS = (".csv", ".jsonl", ".parquet")
-TABLE_ENDINGS = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet")  # and `.gz` behind them
 
 # One of the Parquet files of a split, https://huggingface.co/docs/hub/datasets-file-names-and-splits
 _SHARD = re.compile(r"(?P<split>[A-Za-z]+)-(?P<number>[0-9]{5})-of-(?P<count>[0-9]{5})\.parquet")
@@ -136,11 +135,10 @@ def _open_candidate(candidate: _Candidate, columns: Mapping[str, str], asks: boo
 
 
 def _open_file(path: Path, columns: Mapping[str, str], asks: bool | None) -> Source:
-    ending = _ending(path.name)
-    if ending not in TABLE_ENDINGS:
-        wanted = ", ".join(TABLE_ENDINGS)
-        raise InputError(f"{path}: no table and no published format by its ending; wanted {wanted}, or .gz of one")
-    if ending not in (".json", ".jsonl", ".ndjson"):
+    name = path.name.lower()
+    if not name.endswith(wanted := _table_endings()):
+        raise InputError(f"{path}: no table and no published format by its ending; wanted {', '.join(wanted)}")
+    if not name.removesuffix(".gz").endswith((".json", ".jsonl")):
         return _table(path, columns, "", asks)
     look = look_at(path)
     if VqaPairs.annotates(look) and not VqaPairs.fits(look):
@@ -177,6 +175,12 @@ def _table(path: Path, columns: Mapping[str, str], prefix: str, asks: bool | Non
     return TableSource(path, columns, prefix, asks)
 
 
+def _table_endings() -> tuple[str, ...]:
+    from sources.tables import TABLE_ENDINGS
+
+    return TABLE_ENDINGS
+
+
 def _names(folder: Path) -> list[str]:
     """The names in a folder, sorted; none where there is no such folder, or it may not be listed."""
     try:
@@ -185,22 +189,18 @@ def _names(folder: Path) -> list[str]:
         return []
 
 
-def _ending(name: str) -> str:
-    """The ending of a file without `.gz`, in lower case."""
-    return Path(name.lower().removesuffix(".gz")).suffix
-
-
 def _is_metadata(name: str) -> bool:
     return name.lower() in {METADATA + ending for ending in METADATA_ENDINGS}
 
 
 def _split_of_table(name: str) -> str | None:
     """The split of `train.csv`, `validation.jsonl.gz` and so on; None for other names."""
-    stem, dot, _ = name.lower().partition(".")
-    plain = f"{stem}{_ending(name)}" in (name.lower(), name.lower().removesuffix(".gz"))
-    return SPLIT_OF.get(stem) if dot and plain and _ending(name) in TABLE_ENDINGS else None
+    name = name.lower()
+    for ending in _table_endings():
+        if name.endswith(ending):
+            return SPLIT_OF.get(name.removesuffix(ending))
+    return None
 
 
 def _listed(paths: Sequence[Path]) -> str:
-    names = [str(path.relative_to(paths[0].parent) if path.parent == paths[0].parent else path) for path in paths]
-    return ", ".join(names)
+    return ", ".join(path.name if path.parent == paths[0].parent else str(path) for path in paths)

@@ -9,6 +9,7 @@ A file without annotations, such as COCO's `image_info_test2014.json`, has the p
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from beit3.data.findings import shown, wrong_path, wrong_text
 from sources.look import NOTHING, Look
