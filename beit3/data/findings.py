@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from beit3.data.index_table import MAX_LINE_BYTES
 from beit3.data.json_stream import OnCharacters, stream_array
@@ -15,6 +15,7 @@ from beit3.system.errors import InputError
 
 MAX_ID = (1 << 63) - 1  # what reading can hold
 
+Element = TypeVar("Element")
 Check = Callable[[Any], "str | None"]  # says what is wrong with a value, None where nothing is
 
 
@@ -78,11 +79,15 @@ class Findings:
     counts: Counter[str] = field(default_factory=Counter)
 
     def stream(
-        self, path: Path, key: str, on_characters: OnCharacters | None = None, required: bool = True
+        self, path: Path, key: str | None, on_characters: OnCharacters | None = None, required: bool = True
     ) -> Iterator[Any]:
-        """Yield the elements of an official file; a broken one ends where it breaks, and the next file is read."""
+        """Yield the elements of an array in a file, see `stream_array`; a broken file ends where it breaks."""
+        return self.until_broken(path, stream_array(path, key, on_characters, required))
+
+    def until_broken(self, path: Path, elements: Iterator[Element]) -> Iterator[Element]:
+        """Yield what a file holds up to where it breaks, and take note of that: so the next file is read too."""
         try:
-            yield from stream_array(path, key, on_characters, required)
+            yield from elements
         except InputError as error:
             self.broken_files += error.problems
         except OSError as error:
