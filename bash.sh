@@ -78,5 +78,6 @@ fi
 run_handing_on_signals "${launch[@]}" --task "$TASK" "${recipe[@]}" ${images[@]+"${images[@]}"} \
     --sentencepiece_model "$SPM" --data_path "$DATA_PATH" --output_dir "$OUTPUT_DIR" \
     --log_dir "${LOG_DIR:-$OUTPUT_DIR/tensorboard}" --enable_deepspeed "$@"
+case " $* " in *" --check "*) exit 0 ;; esac
 echo "checkpoint: $OUTPUT_DIR/checkpoint-best"
 echo "next:       $after"

@@ -37,9 +37,9 @@ def main(argv: list[str] | None = None) -> int:
             cause.leave(str(error))
         return 2
     # PyTorch is loaded from here on, so that help and mistakes in the flags are told at once.
-    from runs import session
+    from runs import check, session
 
-    return session.run(settings, predict if settings.run.eval else train)
+    return session.run(settings, check.check if settings.run.check else predict if settings.run.eval else train)
 
 
 def train(settings: Settings, process: utils.Process, stop: utils.StopSignal) -> int:

@@ -379,6 +379,8 @@ def _problems(settings: Settings) -> list[str]:
                 problems.append(f"--{name} {value}: no such file or folder")
     elif not run.output_dir:
         problems.append("--eval needs --output_dir, where the submission is written")
+    if run.check and run.eval:
+        problems.append("--check looks at a training; leave --eval out")
     wrong_split = run.eval and settings.data.split not in task.splits
     if wrong_split:
         split = settings.data.split

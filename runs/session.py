@@ -77,9 +77,11 @@ def _run(settings: Settings, body: Body) -> int:
         logger.info("%s", sentence)
     if flags.deterministic:
         utils.make_deterministic()
-    check_output(flags.output_dir)
-    kept_in = Path(flags.output_dir) if flags.output_dir and not flags.eval else None
-    keeps_nothing = not flags.output_dir and not flags.eval
+    trains = not flags.eval and not flags.check
+    if trains or flags.eval:
+        check_output(flags.output_dir)
+    kept_in = Path(flags.output_dir) if flags.output_dir and trains else None
+    keeps_nothing = not flags.output_dir and trains
     with hold(kept_in, process, flags.timeout / 2):  # the other processes wait too
         stop = utils.StopSignal(flags.timeout)
         if keeps_nothing:

@@ -100,6 +100,11 @@ class RunSettings:
     output_dir: str = flag("output", "checkpoints, log.txt, submissions; '' keeps nothing", essential=True)
     log_dir: str | None = flag(None, "TensorBoard files; default none")
     eval: bool = flag(False, "predict --split with --finetune and write the submission", essential=True)
+    check: bool = flag(
+        False,
+        "look at data, memory, disk and speed, train nothing: exit status 2 with what must be mended",
+        essential=True,
+    )
     device: str = flag("auto", "auto (GPU if there is one), cuda, cpu")
     precision: str = flag(
         "auto", "auto: bf16 or fp16 on a GPU, fp32 on a CPU", choices=("auto", "bf16", "fp16", "fp32")

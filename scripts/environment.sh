@@ -129,7 +129,7 @@ is_own_data() {
 # Adds to recipe how long to learn from so many rows; arguments as bash.sh's.
 plan_by_size() {
     local planned most said=planned
-    planned=$(run_module tasks.recipe_by_size "$TASK" "$DATA_PATH" "$FINETUNE")
+    planned=$(run_module tasks.recipe_by_size "$TASK" "$DATA_PATH" "$FINETUNE" "$SPM" "$@")
     { read -r pairs && read -r -a most; } <<< "$planned"
     recipe+=("${most[@]}")
     local batch

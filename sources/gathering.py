@@ -15,11 +15,11 @@ from beit3.data.findings import shown
 from beit3.data.index_description import Fit, describe_index, look, said_of
 from beit3.data.picture_files import HEAD, describe_stranger
 from beit3.system.errors import InputError, printable
+from sources.columns import parse_columns
 from sources.opening import find_sources, open_source
 from sources.pictures import PictureFinder, choose_pictures, same_content, unpacked_name
 from sources.rows import SPLITS, TRAIN, VAL, Reading, Row, Source
 from sources.settings import SourceSettings, chosen
-from sources.tables import parse_columns
 
 UNPACKED = "pictures"  # folder beside the index for pictures that a source holds itself
 GIGABYTE = 1e9
@@ -35,7 +35,8 @@ def sources_of(settings: SourceSettings, data: Path | None, asks: bool | None) -
     Raises:
         InputError: listing all that is wrong with them; none for training.
     """
-    columns, named = parse_columns(settings.columns), settings.named()
+    columns = parse_columns(settings.columns) if settings.columns else {}
+    named = settings.named()
     if not named:
         found = {} if data is None or not data.is_dir() else find_sources(data, columns, asks)
         if TRAIN not in found:

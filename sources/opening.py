@@ -176,7 +176,7 @@ def _table(path: Path, columns: Mapping[str, str], prefix: str, asks: bool | Non
 
 
 def _table_endings() -> tuple[str, ...]:
-    from sources.tables import TABLE_ENDINGS
+    from sources.raw_tables import TABLE_ENDINGS
 
     return TABLE_ENDINGS
 

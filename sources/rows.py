@@ -84,11 +84,20 @@ class Source(Protocol):
         unpacked_bytes: about how much room the pictures take that it holds itself; 0 where it holds none.
     """
 
-    kind: str
-    files: Sequence[Path]
-    asks: bool
-    pictures_from: Path
-    unpacked_bytes: int
+    @property
+    def kind(self) -> str: ...
+
+    @property
+    def files(self) -> Sequence[Path]: ...
+
+    @property
+    def asks(self) -> bool: ...
+
+    @property
+    def pictures_from(self) -> Path: ...
+
+    @property
+    def unpacked_bytes(self) -> int: ...
 
     def rows(self, reading: Reading) -> Iterator[Row]:
         """All rows, in the order of the file. May be called several times."""

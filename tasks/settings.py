@@ -143,8 +143,17 @@ def missing_index(data: DataSettings, missing: list[str], makers: list[str]) -> 
     """
     if not missing:
         return []
-    kind = makers[0].split(".")[0]
+    calls = "; ".join(makers)
+    tokenizer = "from transformers import XLMRobertaTokenizer; " if "XLMRobertaTokenizer" in calls else ""
     return [
         f"{data.data_path}: {', '.join(missing)} not found. Make the index files once, in a Python shell: "
-        f"from datasets import {kind}; from transformers import XLMRobertaTokenizer; {'; '.join(makers)}"
+        f"from datasets import {calls.split('.')[0]}; {tokenizer}{calls}"
+    ]
+
+
+def missing_split(data: DataSettings, name: str) -> list[str]:
+    """The problem that own data has no rows of the split that is to be predicted."""
+    return [
+        f"{data.data_path}: {name} not found: the data was made without rows of the split {data.split}; --split val "
+        "predicts validation, and for others name a table: TEST=table.csv bash bash.sh, or --test of tasks.make_index"
     ]

@@ -13,7 +13,7 @@ from sources.settings import SourceSettings
 from tasks.captioning.index import COCO, OWN, description_file, ground_truth_file, index_file
 from tasks.captioning.own_index import VERSION, write_index
 from tasks.captioning.settings import CaptioningSettings
-from tasks.settings import DataSettings
+from tasks.settings import DataSettings, missing_split
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,13 @@ class OwnCaptioningSettings(SourceSettings, CaptioningSettings):
     answers_for: ClassVar[tuple[str, ...]] = (COCO,)
     source: ClassVar[str] = OWN
     training_source: ClassVar[str] = OWN
+
+    def _missing_files(self, data: DataSettings, training: bool) -> list[str]:
+        name = index_file(OWN, data.split)
+        made = (data.data_path / index_file(OWN, "train")).is_file()
+        if not training and made and not (data.data_path / name).is_file():
+            return missing_split(data, name)
+        return super()._missing_files(data, training)
 
     def maker(self, source: str, data: DataSettings) -> str:
         return (

@@ -12,7 +12,7 @@ from beit3.system.errors import InputError
 from beit3.system.flags import flag
 from sources.gathering import fit_of, home_of, sources_of
 from sources.settings import AnswerSettings, SourceSettings
-from tasks.settings import DataSettings
+from tasks.settings import DataSettings, missing_split
 from tasks.vqav2.answers import ANSWER_FILE
 from tasks.vqav2.index import DESCRIPTION, index_file
 from tasks.vqav2.own_index import VERSION, write_index
@@ -33,6 +33,13 @@ class VQASettings(AnswerSettings, SourceSettings, VQAv2Settings):
     answers_for: ClassVar[tuple[str, ...]] = ("vqav2",)
     splits: ClassVar[tuple[str, ...]] = ("test", "val")
     split_files: ClassVar[Mapping[str, tuple[str, ...]]] = SPLIT_FILES
+
+    def _missing_files(self, data: DataSettings, training: bool) -> list[str]:
+        name = index_file(data.split)
+        made = (data.data_path / index_file("train")).is_file()
+        if not training and made and not (data.data_path / name).is_file():
+            return missing_split(data, name)
+        return super()._missing_files(data, training)
 
     def maker(self, data: DataSettings) -> str:
         return (
