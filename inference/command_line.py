@@ -43,6 +43,9 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     made.add_argument("what", nargs="+", metavar="PICTURE", help="picture, folder, pattern; or a table")
     made.add_argument("--question", help="the same as a last argument that is no file")
+    made.add_argument(
+        "--columns", help="names of a table's columns, where they are other ones: image=datei,question=frage"
+    )
     made.add_argument("--output", type=Path, help="file for results: .csv, .tsv, .jsonl, .parquet; goes on if stopped")
     made.add_argument("--overwrite", action="store_true", help="write --output anew where it is there already")
     made.add_argument("--json", action="store_true", help="print rows of JSON")
@@ -91,6 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(asked: argparse.Namespace) -> int:
     from inference.opening import newest_checkpoint, open_checkpoint
     from inference.rows import find_rows
+    from sources.columns import parse_columns
 
     named = asked.checkpoint or (Path(os.environ["FINETUNE"]) if os.environ.get("FINETUNE") else None)
     if named is None:
@@ -101,7 +105,8 @@ def _run(asked: argparse.Namespace) -> int:
     problems = _wrong_flags(asked, opened)
     if problems:
         raise InputError(problems)
-    rows = find_rows(pictures, question, opened.task.asks)
+    columns = parse_columns(asked.columns) if asked.columns is not None else None
+    rows = find_rows(pictures, question, opened.task.asks, columns)
     _check_question(opened, question)
     # PyTorch and the weights are loaded from here on.
     import utils
@@ -130,10 +135,15 @@ def split_question(what: Sequence[str], question: str | None) -> tuple[list[str]
     if question is not None or len(what) == 1:
         return list(what), question
     last = what[-1]
-    from inference.rows import TABLES, is_picture
+    from inference.rows import TABLE_ENDINGS, is_picture
 
     written_as_a_path = ("/" in last or "*" in last) and not any(map(str.isspace, last))
-    if os.path.exists(last) or is_picture(os.path.basename(last)) or last.lower().endswith(TABLES) or written_as_a_path:
+    if (
+        os.path.exists(last)
+        or is_picture(os.path.basename(last))
+        or last.lower().endswith(TABLE_ENDINGS)
+        or written_as_a_path
+    ):
         return list(what), None
     return list(what[:-1]), last
 

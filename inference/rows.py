@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import csv
 import glob
 import hashlib
-import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from beit3.data.index_writing import PICTURE_ENDINGS
 from beit3.system.atomic_files import sha256_of
 from beit3.system.errors import InputError, printable
-
-TABLES = (".csv", ".tsv", ".jsonl", ".parquet")  # endings
-IMAGE, QUESTION = "image", "question"  # columns
-MAX_CELL = 1 << 20  # characters
+from sources.columns import IMAGE, QUESTION, find_columns, two_of_one
+from sources.raw_tables import TABLE_ENDINGS, Cells, Wrong, open_table
+from sources.text_files import TableError
 
 
 @dataclass(frozen=True)
@@ -64,25 +61,22 @@ class Pictures:
 
 
 class Table:
-    """Rows of a csv, tsv, jsonl or parquet file with the columns `image` and, where questions are asked, `question`.
+    """Rows of a table, see `sources.raw_tables`, with the columns `image` and, where questions are asked, `question`.
 
-    Paths in it start from the folder of the table. asks: whether the column of questions is needed.
+    Paths in it start from the folder of the table. asks: whether the column of questions is needed. columns: our name
+    → the file's; other names that people give these columns are known, see `sources.columns`.
     Raises InputError where the file is no such table. Rows that are wrong have a `problem`.
     """
 
-    def __init__(self, path: Path, asks: bool) -> None:
-        self.name, self.path, self.asks = str(path), path, asks
-        if path.suffix.lower() == ".parquet":
-            _parquet()
+    def __init__(self, path: Path, asks: bool, columns: Mapping[str, str] = {}) -> None:
+        self.name, self.path = str(path), path
         try:
-            self._check_columns()
-            self._length = sum(1 for _ in self._entries())
-        except OSError as error:
-            raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
-        except (UnicodeDecodeError, csv.Error, ValueError) as error:
-            if isinstance(error, InputError):
-                raise
-            raise InputError(f"{path}: no table in UTF-8 that can be read ({printable(str(error))[:100]})") from error
+            self._table = open_table(path)
+            self._names = self._find(asks, columns)
+            self._length = sum(1 for _ in self._table.rows([]))
+        except TableError as error:
+            what = str(error).removeprefix(f"{path}: ")
+            raise InputError(f"{path}: no table in UTF-8 that can be read ({what})") from error
         if not self._length:
             raise InputError(f"{path}: has no row")
 
@@ -90,89 +84,49 @@ class Table:
         return self._length
 
     def __iter__(self) -> Iterator[Row]:
-        for entry in self._entries():
-            yield self._row(entry)
+        for _, cells in self._table.rows(self._names):
+            yield self._row(cells)
 
     def digest(self) -> str:
         with open(self.path, "rb") as file:
-            return sha256_of(file)
+            content = sha256_of(file)
+        return hashlib.sha256("\0".join([content, *self._names]).encode()).hexdigest()
 
-    def _row(self, entry: Any) -> Row:
-        if not isinstance(entry, dict):
-            return Row("", "", None, "not a row with columns")
-        image, question = entry.get(IMAGE), entry.get(QUESTION)
+    def _row(self, cells: Cells | Wrong) -> Row:
+        if isinstance(cells, Wrong):
+            return Row("", "", None, f"not a row with columns: {' '.join(cells).strip()}")
+        image, question = (*cells, None)[:2]
         shown = image if isinstance(image, str) else ""
-        if not isinstance(image, str) or not image.strip():
-            return Row(shown, "", None, f"no text in the column {IMAGE}")
-        file = os.path.join(self.path.parent, image)
-        if not self.asks:
-            return Row(image, file, None)
+        if not shown.strip():
+            return Row(shown, "", None, f"no text in the column {self._names[0]}")
+        file = os.path.join(self.path.parent, shown)
+        if len(self._names) == 1:
+            return Row(shown, file, None)
         if not isinstance(question, str) or not question.strip():
-            return Row(image, file, None, f"no text in the column {QUESTION}")
-        return Row(image, file, question)
+            return Row(shown, file, None, f"no text in the column {self._names[1]}")
+        return Row(shown, file, question)
 
-    def _check_columns(self) -> None:
-        wanted = [IMAGE, QUESTION] if self.asks else [IMAGE]
-        found = self._columns()
+    def _find(self, asks: bool, columns: Mapping[str, str]) -> list[str]:
+        """The file's names of the columns that are read. Where one has our name, it is that one."""
+        wanted, there = [IMAGE, QUESTION] if asks else [IMAGE], self._table.columns
+        found = find_columns(self.path, there, {name: name for name in wanted if name in there} | dict(columns))
         if missing := [name for name in wanted if name not in found]:
-            shown = printable(", ".join(found))[:200] or "none"
+            shown = printable(", ".join(there))[:200] or "none"
             raise InputError(f"{self.path}: has no column {' and no column '.join(missing)}; its columns are {shown}")
-
-    def _columns(self) -> list[str]:
-        kind = self.path.suffix.lower()
-        if kind == ".parquet":
-            return list(_parquet().ParquetFile(self.path).schema_arrow.names)
-        if kind == ".jsonl":  # a row that lacks one is a bad row; only where all do it is no such table
-            names = dict.fromkeys(name for entry in self._entries() if isinstance(entry, dict) for name in entry)
-            return [str(name) for name in names]
-        with open(self.path, encoding="utf-8-sig", newline="") as file:
-            return next(csv.reader(file, delimiter=self._delimiter()), [])
-
-    def _entries(self) -> Iterator[Any]:
-        kind = self.path.suffix.lower()
-        if kind == ".parquet":
-            content = _parquet().ParquetFile(self.path)
-            names = [name for name in (IMAGE, QUESTION) if name in content.schema_arrow.names]
-            for batch in content.iter_batches(batch_size=1024, columns=names):
-                yield from batch.to_pylist()
-            return
-        with open(self.path, encoding="utf-8-sig", newline="") as file:
-            if kind == ".jsonl":
-                for line in file:
-                    if line.strip():
-                        yield _parsed(line)
-                return
-            csv.field_size_limit(MAX_CELL)
-            yield from csv.DictReader(file, delimiter=self._delimiter())
-
-    def _delimiter(self) -> str:
-        return "\t" if self.path.suffix.lower() == ".tsv" else ","
+        if several := [two_of_one(self.path, name, found[name]) for name in wanted if len(found[name]) > 1]:
+            raise InputError(several)
+        return [found[name][0] for name in wanted]
 
 
-def _parsed(line: str) -> Any:
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError):
-        return None  # a row that is wrong, not the end of the table
-
-
-def _parquet() -> Any:
-    try:
-        import pyarrow.parquet
-    except ImportError as error:
-        raise InputError("parquet files need pyarrow, which is not installed: pip install pyarrow") from error
-    return pyarrow.parquet
-
-
-def find_rows(named: Sequence[str], question: str | None, asks: bool) -> Rows:
+def find_rows(named: Sequence[str], question: str | None, asks: bool, columns: Mapping[str, str] | None = None) -> Rows:
     """The rows of what the user named: pictures, folders, patterns, or one table.
 
-    asks: whether the model answers questions.
+    asks: whether the model answers questions. columns: of a table, our name → the file's.
 
     Raises:
         InputError: nothing there, or what is named does not go together.
     """
-    tables = [name for name in named if Path(name).suffix.lower() in TABLES and not os.path.isdir(name)]
+    tables = [name for name in named if name.lower().endswith(TABLE_ENDINGS) and not os.path.isdir(name)]
     if tables:
         if len(named) > 1:
             raise InputError(f"{tables[0]}: one table at a time, and nothing beside it")
@@ -180,7 +134,9 @@ def find_rows(named: Sequence[str], question: str | None, asks: bool) -> Rows:
             raise InputError(f"{tables[0]}: a table has its questions in the column {QUESTION}; leave {question!r} out")
         if not os.path.exists(tables[0]):
             raise InputError(f"{tables[0]}: no such file")
-        return Table(Path(tables[0]), asks)
+        return Table(Path(tables[0]), asks, columns or {})
+    if columns:
+        raise InputError(f"--columns: for tables; {named[0]} is none")
     if asks and question is None:
         raise InputError(f'the model answers questions, and none is asked: {named[0]} "What colour is the car?"')
     if not asks and question is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ class ParquetTable:
                 binary = [each.name for each in file.schema_arrow if "binary" in str(each.type)]
         except self._broken as error:
             raise self._unreadable(error) from error
-        self.picture_bytes = {name: self._bytes_of.get(name, 0) for name in binary}
+        self.picture_bytes: Mapping[str, int] = {name: self._bytes_of.get(name, 0) for name in binary}
         check_once(path, self.columns)
 
     def rows(self, names: Sequence[str], on_bytes: OnBytes | None = None) -> Iterator[tuple[int, Cells | Wrong]]:
