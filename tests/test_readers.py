@@ -661,12 +661,15 @@ def test_a_line_without_end_does_not_fill_the_memory(tmp_path, monkeypatch):
 
 
 def test_gzip_that_swells_without_end_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(json_stream, "MAX_UNPACKED", 1 << 22)
+    monkeypatch.setattr(json_stream, "MAX_UNPACKED", 1 << 21)
+    monkeypatch.setattr(json_stream, "CHUNK", 1 << 18)
     path = tmp_path / "x.json.gz"
-    path.write_bytes(gzip.compress(b"[" + b"{},  " * (1 << 22)))
-    told: list[int] = []
+    path.write_bytes(gzip.compress(b"[" + b" " * (1 << 22)))
     with pytest.raises(InputError, match="unpacks to more than 200 times its size"):
-        list(stream_array(path, None, told.append))
+        list(stream_array(path, None))
+    monkeypatch.setattr(json_stream, "MAX_UNPACKED", 1 << 23)
+    with pytest.raises(InputError, match="the file is cut off"):
+        list(stream_array(path, None))
 
 
 @pytest.mark.parametrize(
