@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import zlib
 from collections.abc import Iterator, Mapping
@@ -39,7 +40,7 @@ def look_at(path: Path) -> Look:
     try:
         with open_text(path) as file:
             beginning = file.read(BEGINNING)
-    except (UnicodeDecodeError, EOFError, zlib.error):
+    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile, zlib.error):
         return Look()  # its reader says what is wrong
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None

@@ -76,21 +76,22 @@ class ShardedSource:
     def __init__(self, parts: Sequence[Source]):
         self.parts = parts
         self.kind = f"{parts[0].kind} in {len(parts)} parts"
-        self.files = [path for part in parts for path in part.files]
+        self.files: Sequence[Path] = [path for part in parts for path in part.files]
         self.asks = parts[0].asks
         self.pictures_from = parts[0].pictures_from
         self.unpacked_bytes = sum(part.unpacked_bytes for part in parts)
 
     def rows(self, reading: Reading) -> Iterator[Row]:
-        """All rows; their places name the file too."""
+        """All rows; their places name the file, and so do the pictures that it holds, as each may number its own."""
         for part in self.parts:
-            name = part.files[0].name
+            path = part.files[0]
             for row in part.rows(reading):
-                yield row._replace(place=f"{name}, {row.place}")
+                image = row.image if row.content is None else f"{path.stem}/{row.image}"
+                yield row._replace(place=f"{path.name}, {row.place}", image=image)
 
 
 class _Candidate(NamedTuple):
-    """What may be the source of a split. prefix: folder of its pictures. shards: how many files there should be."""
+    """What may be the source of a split. prefix: the split's folder. shards: how many files there should be."""
 
     files: list[Path]
     prefix: str = ""
@@ -131,7 +132,11 @@ def _open_candidate(candidate: _Candidate, columns: Mapping[str, str], asks: boo
         parts = [_table(path, columns, "", asks) for path in candidate.files]
         return parts[0] if len(parts) == 1 else ShardedSource(parts)
     [path] = candidate.files
-    return _table(path, columns, candidate.prefix, asks) if candidate.prefix else _open_file(path, columns, asks)
+    if not candidate.prefix:
+        return _open_file(path, columns, asks)
+    source = _table(path, columns, f"{candidate.prefix}/", asks)
+    source.pictures_from = path.parent.parent
+    return source
 
 
 def _open_file(path: Path, columns: Mapping[str, str], asks: bool | None) -> Source:
