@@ -73,7 +73,7 @@ class Table:
         try:
             self._table = open_table(path)
             self._names = self._find(asks, columns)
-            self._length = sum(1 for _ in self._table.rows([]))
+            self._length = sum(1 for _ in self._table.rows(self._names))
         except TableError as error:
             what = str(error).removeprefix(f"{path}: ")
             raise InputError(f"{path}: no table in UTF-8 that can be read ({what})") from error

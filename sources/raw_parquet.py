@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from beit3.system.errors import printable
+from beit3.system.errors import InputError, printable
 from sources.raw_tables import Cells, Wrong, check_once, large
 from sources.text_files import MAX_CELL, OnBytes, TableError, check_file
 
@@ -22,7 +22,7 @@ class ParquetTable:
         try:
             import pyarrow.parquet
         except ImportError as error:
-            raise TableError(
+            raise InputError(
                 f"{path}: parquet files need pyarrow, which is not installed: pip install pyarrow"
             ) from error
         check_file(path)
@@ -47,7 +47,7 @@ class ParquetTable:
                 for batch in file.iter_batches(rows, columns=list(names), use_threads=False):
                     columns = [batch.column(name) for name in names]
                     for name, column in zip(names, columns, strict=True):
-                        if column.nbytes > MAX_CELL:
+                        if column.nbytes > MAX_CELL and name not in self.picture_bytes:
                             self._check_size(name, column, number)
                     for cells in zip(*(column.to_pylist() for column in columns), strict=True):
                         number += 1
@@ -63,7 +63,7 @@ class ParquetTable:
 
     def _check_size(self, name: str, column: Any, rows: int) -> None:
         for number, cell in enumerate(column.to_pylist(), rows + 1):
-            if len(cell if type(cell) is str else repr(cell) if type(cell) is list else "") > MAX_CELL:
+            if len(cell if type(cell) is str else repr(cell)) > MAX_CELL:
                 raise TableError(f"{self.path}: row {number}: {large(name)}")
 
     def _unreadable(self, error: Exception) -> TableError:

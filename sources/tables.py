@@ -27,7 +27,7 @@ from sources.columns import (
     lacks,
     parse_columns,
     two_of_one,
-)  # fmt: skip
+)
 from sources.raw_tables import TABLE_ENDINGS, Cells, RawTable, Wrong, open_table
 from sources.rows import TEST, Id, Reading, Row
 from sources.text_files import TableError
