@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from beit3.system.machine import cores
-from benchmarks import asking, gpu, models, pictures, questions, runs
+from benchmarks import asking, gpu, models, own_data, pictures, questions, runs
 from benchmarks.table import HEADER, Row, Settings, read_sections, run_row, write_sections
 
 GPU, NO_GPU = "gpu", "not measured: no GPU on this machine"
@@ -32,6 +32,7 @@ GROUPS: dict[str, Callable[[Settings], list[Row]]] = {
     "generation": models.generation_rows,
     "loader": pictures.loader_rows,
     "index": questions.index_rows,
+    "own_data": own_data.own_rows,
     "dataset": questions.dataset_rows,
     "first_step": runs.first_step_rows,
     "evaluation": runs.evaluation_rows,
