@@ -209,10 +209,11 @@ def _why_not(keeping: Keeping, path: Path) -> list[str]:
     changed = differences(made, now)
     if changed.keys() == {"--epochs"} and _same_so_far(keeping, made["recipe"]["--epochs"], path):
         logger.info("%s: %s; all learning rates so far are the same", path, changed["--epochs"])
-    elif changed and not keeping.force:
+    elif changed and not (keeping.force and "--freeze" not in changed):
+        forced = ", or add --force_resume to go on all the same" if "--freeze" not in changed else ""
         problems.append(
             f"{path}: belongs to another run: {'; '.join(changed.values())}. {_advice(keeping, changed, path)}Choose "
-            "another --output_dir, or add --force_resume to go on all the same"
+            f"another --output_dir{forced}"
         )
     return problems
 
@@ -238,6 +239,12 @@ def _advice(keeping: Keeping, changed: Mapping[str, str], path: Path) -> str:
         said += (
             "The learning rate falls over all epochs, so another number of them is another run: to train further from "
             f"what this one has learned, give {path.parent / 'checkpoint-best'} to --finetune. "
+        )
+    if "--freeze" in changed:
+        said += (
+            "The optimizer of the run keeps values of the weights that it trained, so not even --force_resume takes "
+            f"others: to train them from what the run has learned, give {path.parent / 'checkpoint-best'} to "
+            "--finetune. "
         )
     if "tokenizer" in changed:
         said += f"The tokenizer of the run is kept in its checkpoint; this one is {keeping.tokenizer}. "
