@@ -276,7 +276,7 @@ def announce_memory(settings: Settings, task: Task, model: BEiT3Model, process: 
         model.num_parameters,
         backend_settings(settings, process),
         trained=model.num_trained,
-        layers_below=_layers_below(model),
+        layers_below=layers_below(model),
         device=process.device.type,
         text_tokens=task.text_tokens(),
         output_values=task.output_values(model),
@@ -296,7 +296,7 @@ def announce_memory(settings: Settings, task: Task, model: BEiT3Model, process: 
         logger.warning("%s", advice)
 
 
-def _layers_below(model: BEiT3Model) -> int:
+def layers_below(model: BEiT3Model) -> int:
     """Layers below the lowest trained parameter, which have no backward pass."""
     layers = model.num_layers
     return max(0, min(layer_id(name, layers) for name, each in model.named_parameters() if each.requires_grad) - 1)
