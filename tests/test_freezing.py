@@ -315,7 +315,7 @@ def heard(caplog, monkeypatch):
     return caplog
 
 
-def test_a_run_from_weights_to_weights(pictures, tmp_path, heard):  # noqa: F811
+def test_a_run_from_weights_to_weights(pictures, tmp_path, heard):
     """Begun from weights, with an average, interrupted after an epoch; ends as the run that went through."""
     start, through, again = (tmp_path / name for name in ("start", "through", "again"))
     assert run.main([*training_flags(pictures, start), "--epochs", "1"]) == 0
@@ -354,7 +354,7 @@ def test_a_run_from_weights_to_weights(pictures, tmp_path, heard):  # noqa: F811
     assert all(torch.equal(ended[name], after[name]) for name in after)
 
 
-def test_a_run_that_was_begun_before_there_was_this_flag_goes_on(pictures, tmp_path):  # noqa: F811
+def test_a_run_that_was_begun_before_there_was_this_flag_goes_on(pictures, tmp_path):
     assert run.main([*training_flags(pictures, tmp_path), "--epochs", "1"]) == 0
     (path,) = full_checkpoints(tmp_path)
     content = torch.load(path, weights_only=True)
