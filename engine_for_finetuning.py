@@ -113,7 +113,7 @@ class TrainingRun:
         after_step: called after every step with the epoch and its state; may raise to leave the epoch. Collective.
         check_stop: called between two batches of evaluation; may raise to leave it. Collective.
         max_skipped_steps: that many steps in a row with a broken gradient end the training.
-        num_parameters: of the whole model.
+        num_parameters: of the whole model. num_trained: of them, those that are not frozen.
     """
 
     task: Task
@@ -132,6 +132,7 @@ class TrainingRun:
     writer: Any = None
     max_skipped_steps: int = 25
     num_parameters: int = 0
+    num_trained: int = 0
 
 
 def train_one_epoch(run: TrainingRun, epoch: int, state: EpochState) -> float:
