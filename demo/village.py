@@ -1,7 +1,7 @@
 """The pictures of the demo of own data: a house in a landscape, with a tree, a car, an animal and something that flies.
 
-What is asked about covers much of the picture or has colours of its own: a tiny model that starts from nothing learns to
-tell it from a few hundred pictures.
+What is asked about covers much of the picture or has colours of its own, and things that vary less in place are easier
+to learn to see: a tiny model that starts from nothing sees them after a few hundred pictures.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ SKIES: dict[str, tuple[Color, Color]] = {  # at the top and at the horizon
 }
 SEASONS: dict[str, tuple[Color, Color]] = {  # the ground, the leaves
     "spring": ((150, 215, 110), (250, 170, 205)),
-    "summer": (( 75, 150, 60), (30, 105, 45)),
+    "summer": ((75, 150, 60), (30, 105, 45)),
     "autumn": ((190, 140, 70), (215, 95, 20)),
     "winter": ((205, 220, 240), (240, 246, 252)),
 }
@@ -129,8 +129,8 @@ def _draw_sky(pencil: _Pencil, time: str, rng: random.Random) -> None:
 
 def _draw_mountains(pencil: _Pencil, rng: random.Random) -> None:
     shift = rng.uniform(-3, 3)
-    for x, high in ((-2, 15), (13, 20), (50, 20), (66, 15)):
-        x += shift
+    for place, high in ((-2, 15), (13, 20), (50, 20), (66, 15)):
+        x = place + shift
         pencil.polygon((95, 100, 115), x - 15, 1, x, -high, x + 15, 1)
         pencil.polygon((245, 248, 252), x - 4, 4 * high / 15 - high, x, -high, x + 4, 4 * high / 15 - high)
 
