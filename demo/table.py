@@ -90,7 +90,7 @@ def plan(seed: int) -> list[Picture]:
     pictures = []
     for number, scene in enumerate(scenes):
         fields = rng.sample(list(WORDINGS), len(WORDINGS))
-        fields.sort(key=lambda field: (used[(field,)], used[field, answer(scene, field)]))
+        fields.sort(key=lambda field: (len(VALUES[field]) * used[field, answer(scene, field)], used[(field,)]))
         questions = []
         for field in fields[:QUESTIONS_PER_PICTURE]:
             said = answer(scene, field)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import unicodedata
 from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -67,16 +68,16 @@ def _digests(folder: Path) -> dict[str, str]:
 # What is to be seen, found out from the pixels
 
 
-def _distance(pixels: np.ndarray, color: tuple[int, ...]) -> np.ndarray:
+def _distance(pixels: np.ndarray, color: Sequence[int]) -> np.ndarray:
     return np.abs(pixels.astype(int) - color).sum(axis=-1)
 
 
-def _nearest(pixels: np.ndarray, colors: dict[str, tuple[int, ...]]) -> str:
+def _nearest(pixels: np.ndarray, colors: Mapping[str, tuple[int, ...]]) -> str:
     color = np.median(pixels.reshape(-1, 3), axis=0)
     return min(colors, key=lambda name: _distance(color, colors[name]))
 
 
-def _most(pixels: np.ndarray, colors: dict[str, tuple[int, ...]]) -> str:
+def _most(pixels: np.ndarray, colors: Mapping[str, tuple[int, ...]]) -> str:
     """Of which colour there are most pixels."""
     return max(colors, key=lambda name: int((_distance(pixels, colors[name]) < 30).sum()))
 
@@ -145,7 +146,8 @@ def test_there_are_300_pictures_900_questions_and_30_answers(demo, rows):
 
 
 def test_answers_are_balanced(rows):
-    of_kind, of_text = defaultdict(Counter), defaultdict(Counter)
+    of_kind: dict[str, Counter[str]] = defaultdict(Counter)
+    of_text: dict[str, Counter[str]] = defaultdict(Counter)
     for row in rows:
         of_kind[_kind(row["question"])][row["answer"]] += 1
         of_text[row["question"]][row["answer"]] += 1
@@ -158,7 +160,7 @@ def test_answers_are_balanced(rows):
 
 
 def test_who_never_looks_is_right_in_less_than_a_third(rows):
-    answers = defaultdict(Counter)
+    answers: dict[str, Counter[str]] = defaultdict(Counter)
     for row in rows:
         answers[row["question"]][row["answer"]] += 1
     assert sum(max(counts.values()) for counts in answers.values()) / len(rows) < 1 / 3
