@@ -131,12 +131,12 @@ def _draw_mountains(pencil: _Pencil, rng: random.Random) -> None:
     shift = rng.uniform(-3, 3)
     for place, high in ((-2, 15), (13, 20), (50, 20), (66, 15)):
         x = place + shift
-        pencil.polygon((95, 100, 115), x - 15, 1, x, -high, x + 15, 1)
+        pencil.polygon((95, 100, 115), x - 15, 3, x, -high, x + 15, 3)
         pencil.polygon((245, 248, 252), x - 4, 4 * high / 15 - high, x, -high, x + 4, 4 * high / 15 - high)
 
 
 def _draw_sea(pencil: _Pencil, rng: random.Random) -> None:
-    pencil.box((25, 120, 175), 0, -10, _WIDTH, 1)
+    pencil.box((25, 120, 175), 0, -10, _WIDTH, 3)
     for x in (rng.uniform(4, 18), rng.uniform(46, 60)):
         pencil.polygon((255, 255, 255), x, -17, x + 5, -9.5, x, -9.5)
         pencil.polygon(_WOOD, x - 3, -9, x + 5, -9, x + 3.5, -7, x - 2, -7)
@@ -145,7 +145,7 @@ def _draw_sea(pencil: _Pencil, rng: random.Random) -> None:
 def _draw_forest(pencil: _Pencil, rng: random.Random) -> None:
     for x in range(-2, _WIDTH + 3, 5):
         high = rng.uniform(15, 18)
-        pencil.polygon((10, 70, 50), x - 4, 1, x, -high, x + 4, 1)
+        pencil.polygon((10, 70, 50), x - 4, 3, x, -high, x + 4, 3)
 
 
 def _draw_tree(pencil: _Pencil, leaves: Color) -> None:
