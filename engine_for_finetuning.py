@@ -289,6 +289,7 @@ class Validation:
         score: the better one of the task's best metric; None when the right answers are not known.
         averaged: whether the averaged weights gave it.
         files: what the task keeps of it, name → JSON content; on the first process only.
+        lines: what a person is told of the best one at the end; on the first process only.
         calibration: what makes the confidences of these weights mean something, in plain values; on the first process
             only, None where the task has none.
     """
@@ -298,6 +299,7 @@ class Validation:
     averaged: bool
     files: Mapping[str, Any]
     calibration: Mapping[str, float] | None = None
+    lines: Sequence[str] = ()
 
 
 def validate(run: TrainingRun, epoch: int) -> Validation:
@@ -314,7 +316,7 @@ def validate(run: TrainingRun, epoch: int) -> Validation:
 
 def _as_validation(best: Scores, every: dict[str, float], metric: str, averaged: bool) -> Validation:
     calibration = None if best.calibration is None else best.calibration.to_plain()
-    return Validation(every, best.metrics.get(metric), averaged, best.files, calibration)
+    return Validation(every, best.metrics.get(metric), averaged, best.files, calibration, best.lines)
 
 
 def _score(run: TrainingRun, what: str, averages: Mapping[str, Tensor] | None = None) -> Scores:

@@ -281,6 +281,7 @@ class Keeper:
     ) -> None:
         self.keeping, self.process, self.backend, self.task = keeping, process, backend, task
         self.description, self.tokenizer, self.ema, self.resumed_from = description, tokenizer, ema, resumed_from
+        self.told_of_best: Sequence[str] = ()  # of the best validation, where it was one of this process
         self.started = self.saved = (0, 0)  # where this process began, and its newest checkpoint stands
 
     def start(self, settings: Settings) -> tuple[RunPosition, EpochState]:
@@ -340,6 +341,7 @@ class Keeper:
         }
         if validation.calibration is not None:
             facts["calibration"] = dict(validation.calibration)
+        self.told_of_best = validation.lines
         averages = self.ema.averages if self.ema is not None and validation.averaged else None
         self._write_weights("checkpoint-best", {"", self.keeping.suffix}, facts, averages)
 
@@ -357,6 +359,8 @@ class Keeper:
         if position.best > -math.inf:
             metric = self.task.best_metric
             logger.info("best validation %s %.2f, after epoch %d", metric, position.best, position.best_epoch)
+        for line in self.told_of_best:
+            logger.info("%s", line)
 
     def _write_weights(
         self, name: str, suffixes: set[str], facts: Mapping[str, Any], averages: Mapping[str, Any] | None
