@@ -113,7 +113,7 @@ class TrainingRun:
         after_step: called after every step with the epoch and its state; may raise to leave the epoch. Collective.
         check_stop: called between two batches of evaluation; may raise to leave it. Collective.
         max_skipped_steps: that many steps in a row with a broken gradient end the training.
-        num_parameters: of the whole model.
+        num_parameters: of the whole model. num_trained: of them, those that are not frozen.
     """
 
     task: Task
@@ -132,6 +132,7 @@ class TrainingRun:
     writer: Any = None
     max_skipped_steps: int = 25
     num_parameters: int = 0
+    num_trained: int = 0
 
 
 def train_one_epoch(run: TrainingRun, epoch: int, state: EpochState) -> float:
@@ -288,6 +289,7 @@ class Validation:
         score: the better one of the task's best metric; None when the right answers are not known.
         averaged: whether the averaged weights gave it.
         files: what the task keeps of it, name → JSON content; on the first process only.
+        lines: what a person is told of the best one at the end; on the first process only.
         calibration: what makes the confidences of these weights mean something, in plain values; on the first process
             only, None where the task has none.
     """
@@ -297,6 +299,7 @@ class Validation:
     averaged: bool
     files: Mapping[str, Any]
     calibration: Mapping[str, float] | None = None
+    lines: Sequence[str] = ()
 
 
 def validate(run: TrainingRun, epoch: int) -> Validation:
@@ -313,7 +316,7 @@ def validate(run: TrainingRun, epoch: int) -> Validation:
 
 def _as_validation(best: Scores, every: dict[str, float], metric: str, averaged: bool) -> Validation:
     calibration = None if best.calibration is None else best.calibration.to_plain()
-    return Validation(every, best.metrics.get(metric), averaged, best.files, calibration)
+    return Validation(every, best.metrics.get(metric), averaged, best.files, calibration, best.lines)
 
 
 def _score(run: TrainingRun, what: str, averages: Mapping[str, Tensor] | None = None) -> Scores:

@@ -89,6 +89,11 @@ class BEiT3Model(nn.Module):
         """Values of all parameters; to be asked before ZeRO-3 takes them apart."""
         return sum(parameter.numel() for parameter in self.parameters())
 
+    @property
+    def num_trained(self) -> int:
+        """Of them, those that are not frozen; to be asked before ZeRO-3 as well."""
+        return sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
+
     def no_weight_decay(self) -> set[str]:
         """Parameters of two and more dimensions that get no weight decay all the same."""
         return {"beit3.encoder.embed_positions.A.weight", "beit3.vision_embed.cls_token", "logit_scale"}

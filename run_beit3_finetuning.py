@@ -67,21 +67,19 @@ def train(settings: Settings, process: utils.Process, stop: utils.StopSignal) ->
     # What learns.
     room = free_memory(process.device)
     model = assembly.build_model(settings, task, checkpoint, process.device)
-    num_parameters = model.num_parameters
-    assembly.check_room(settings, process, num_parameters, sampler.steps_per_epoch, resume_from)
+    num_parameters, num_trained = model.num_parameters, model.num_trained
+    assembly.check_room(settings, process, model, sampler.steps_per_epoch, resume_from)
     assembly.announce_memory(settings, task, model, process, room)
     model = model.to(process.device)
     del checkpoint  # its memory is not needed any more
     backend = assembly.build_backend(settings, model, process)
     ema = assembly.build_average(settings, backend)
-    if not settings.model.finetune and resume_from is None:
-        log.logger.info("no --finetune: training starts from fresh weights")
 
     # Where it begins.
     description = assembly.describe(settings, task, fingerprint["data"])
     tokenizer = task.tokenizer.content if settings.task.uses_text else None
     keeper = state.Keeper(keeping, process, backend, task, description, tokenizer, ema, resume_from)
-    position, epoch_state = keeper.start(settings.run.start_epoch, settings.optimizer.epochs)
+    position, epoch_state = keeper.start(settings)
     steps = sampler.steps_per_epoch
 
     def after_step(epoch: int, epoch_state: EpochState) -> None:
@@ -108,16 +106,17 @@ def train(settings: Settings, process: utils.Process, stop: utils.StopSignal) ->
         writer=log.open_writer(settings, process.is_main, position.epoch * steps + position.step),
         max_skipped_steps=settings.run.max_skipped_steps,
         num_parameters=num_parameters,
+        num_trained=num_trained,
     )
     log.announce(settings, run, len(val_set))
     try:
-        while position.epoch < settings.optimizer.epochs:
+        while not position.is_over(settings):
             one_epoch(settings, run, keeper, position, epoch_state)
             epoch_state = EpochState()
     except (StopRequested, UnreadableError):  # on all processes alike
         keeper.save(position, epoch_state)
         raise
-    keeper.finish(position)
+    keeper.finish(settings, position)
     return 0
 
 
@@ -134,10 +133,10 @@ def one_epoch(
         speed["images_per_second"] = train_one_epoch(run, epoch, epoch_state)
     training = {**summarize(run, epoch, epoch_state), **speed}
     validation = validate(run, epoch)
-    keeper.keep_best(position, validation)
+    keeper.keep_best(settings, position, validation)
     log.log_epoch(settings.run.output_dir, run, epoch, training, validation)
     position.epoch, position.step = epoch + 1, 0
-    if (epoch + 1) % settings.run.save_ckpt_freq == 0 or epoch + 1 == settings.optimizer.epochs:
+    if (epoch + 1) % settings.run.save_ckpt_freq == 0 or position.is_over(settings):
         keeper.save(position, EpochState())
 
 

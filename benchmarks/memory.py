@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import multiprocessing
+import weakref
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -32,17 +33,19 @@ def peak_allocated(call: Callable[[], object], device: torch.device) -> float:
 
 def kept_for_backward(forward: Callable[[], Tensor]) -> float:
     """Megabytes that autograd keeps of a forward pass, each storage counted once, parameters not counted."""
-    sizes: dict[int, int] = {}
+    noted: list[weakref.ref[Tensor]] = []
 
     def note(tensor: Tensor) -> Tensor:
+        kept = tensor.detach()  # with its history, an output that is kept would hold itself and never be freed
         if not isinstance(tensor, torch.nn.Parameter):
-            storage = tensor.untyped_storage()
-            sizes[storage.data_ptr()] = storage.nbytes()
-        return tensor.detach()  # with its history, an output that is kept would hold itself and never be freed
+            noted.append(weakref.ref(kept))
+        return kept
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        loss = forward()  # alive until its storages are counted: so no address is used twice
-    total = sum(sizes.values()) / MEGABYTE
+        loss = forward()  # alive until its storages are counted
+    # Recomputing hands over its inputs where no gradient is wanted too, and lets go of them at once.
+    storages = [tensor.untyped_storage() for each in noted if (tensor := each()) is not None]
+    total = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values()) / MEGABYTE
     del loss
     return total
 

@@ -20,9 +20,10 @@ from benchmarks.models import FULL_LENGTH, make_pair
 from benchmarks.peers import pillow_evaluation
 from benchmarks.questions import TOKENIZER, indexed_tree
 from benchmarks.table import Line, Row, Settings, interleave, rates, seconds
-from datasets import EvaluationSampler, VQAv2Dataset, build_loader
+from datasets import EvaluationSampler, build_loader
 from engine_for_finetuning import evaluate
 from tasks.settings import DataSettings
+from tasks.vqav2.dataset import QuestionDataset
 from tasks.vqav2.settings import VQAv2Settings
 from tasks.vqav2.task import VQAv2
 from tests import reference
@@ -60,7 +61,7 @@ def open_task(tree: Path, pixels: int) -> VQAv2:
     return VQAv2(VQAv2Settings(), data, Tokenizer(tree / TOKENIZER))
 
 
-def open_dataset(tree: Path, split: str, pixels: int) -> VQAv2Dataset:
+def open_dataset(tree: Path, split: str, pixels: int) -> QuestionDataset:
     return open_task(tree, pixels).dataset(split, training=False)
 
 
@@ -83,7 +84,7 @@ def evaluation_row(scale: float, batch: int, settings: Settings) -> list[Line]:
     return [Line(what, "images/s", rates(len(dataset), our_times), rates(len(dataset), peer_times))]
 
 
-def our_answers(task: VQAv2, dataset: VQAv2Dataset, model: nn.Module, batch: int, device: torch.device) -> list[str]:
+def our_answers(task: VQAv2, dataset: QuestionDataset, model: nn.Module, batch: int, device: torch.device) -> list[str]:
     loader = build_loader(dataset, EvaluationSampler(len(dataset), batch, 0, 1), num_workers=0, pin_memory=False)
     columns, _ = evaluate(task, model, loader, utils.Process(0, 1, 0, device), autocast=nullcontext)
     assert columns is not None  # the only process is the first one
@@ -91,7 +92,7 @@ def our_answers(task: VQAv2, dataset: VQAv2Dataset, model: nn.Module, batch: int
 
 
 @torch.no_grad()
-def peer_answers(task: VQAv2, dataset: VQAv2Dataset, model: nn.Module, batch: int, device: torch.device) -> list[str]:
+def peer_answers(task: VQAv2, dataset: QuestionDataset, model: nn.Module, batch: int, device: torch.device) -> list[str]:
     """Pillow and floats for the pictures, texts filled up, an answer read from the device after each batch."""
     answers = []
     for start in range(0, len(dataset), batch):

@@ -1,18 +1,22 @@
 """Pictures with lines of text under them on one sheet, for looking at data and for the README.
 
 `python -m demo.contact_sheet DEMO_DIR SHEET.png` shows the first pictures of a split with a caption and all questions;
-with `--submission submit_….json` the pictures and what a model said of them.
+with `--submission submit_….json` the pictures and what a model said of them. Of a demo that is a table (see
+`demo.table`) it shows pictures at equal distances.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
+
+from demo.table import TABLE
 
 _MARGIN = 12  # pixels, as everything here
 _FONT_SIZE = 13
@@ -79,6 +83,16 @@ def describe_demo(demo: Path, subset: str, count: int) -> list[tuple[Path, list[
     return described
 
 
+def describe_table(demo: Path, count: int) -> list[tuple[Path, list[str]]]:
+    """So many pictures of the table, at equal distances, with all questions and answers."""
+    lines: dict[str, list[str]] = {}
+    with open(demo / TABLE, encoding="utf-8", newline="") as table:
+        for row in csv.DictReader(table):
+            lines.setdefault(row["image"], []).append(f"{row['question']} {row['answer']}")
+    pictures = list(lines)
+    return [(demo / name, lines[name]) for name in pictures[:: max(1, len(pictures) // count)][:count]]
+
+
 def describe_submission(demo: Path, submission: Path, count: int) -> list[tuple[Path, list[str]]]:
     """The first test pictures with the captions, or the questions and answers, of a file that prediction.sh wrote.
 
@@ -114,6 +128,8 @@ def main(arguments: list[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     if given.submission:
         described = describe_submission(given.demo_dir, given.submission, given.count)
+    elif (given.demo_dir / TABLE).is_file():
+        described = describe_table(given.demo_dir, given.count)
     else:
         described = describe_demo(given.demo_dir, given.subset, given.count)
     contact_sheet(described).save(given.sheet, optimize=True)

@@ -8,33 +8,30 @@ OUT_DIR then looks like a folder with COCO and VQA v2 in it, only smaller and ma
     demo.spm                        a SentencePiece model trained on the demo's texts, in XLM-RoBERTa's order of pieces
     demo.json                       how it was made
 
+`python -m demo.make --table OUT_DIR` makes another one, a table of questions as people bring it: see `demo.table`.
+
 The same settings give the same bytes. No scene of the training pictures occurs in the other splits.
 """
 
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import os
 import random
-import shutil
-import string
-import tempfile
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import sentencepiece
 from PIL import Image
 
 from beit3.system.errors import InputError
+from demo.making import make_folder, train_tokenizer
 from demo.scenes import BACKGROUNDS, BLIND_GREY, PICTURE_SIZE, Scene, draw, pick_scenes, share_out
+from demo.table import make_table
 from demo.texts import ANSWER_TYPES, Question, Questioner, captions, ten_answers, tokens
 
 VERSION = 1  # of what is made from the same settings; raise it with every change of the bytes
-MARKER = "demo.json"
 LARGEST_SPLIT = 99_999  # pictures; the ids of the splits begin 100,000 apart
 SMALLEST_SPLIT = 10
 
@@ -42,7 +39,6 @@ _FIRST_ID = {"train2014": 1, "val2014": 100_001, "test2015": 200_001}
 _SCENE_SHARES = {"train": 0.66, "restval": 0.04, "val": 0.1, "test": 0.1, "test2015": 0.1}
 _VAL_PATTERN = ("val", "test", "val", "test", "restval")  # which of Karpathy's splits the pictures of val2014 go to
 _JPEG_QUALITY = 95  # with colours at full resolution: halved, shapes this small get coloured rims
-_VOCABULARY = 300  # pieces at most
 _INFO = {
     "description": "Made-up pictures and questions in the format of VQA v2.0",
     "url": "",
@@ -90,10 +86,7 @@ def make_demo(
     test: int = 200,
     blind: bool = False,
 ) -> Path:
-    """Makes the demo in the folder `out` and returns its path; does nothing if the same demo is there already.
-
-    Everything is written aside and renamed at the end: `out` holds a whole demo or is not there. (A kill -9 can leave a
-    hidden folder beside it.)
+    """Makes the demo in the folder `out` and returns its path, see `make_folder`.
 
     Args:
         seed: another seed, other pictures and texts.
@@ -105,22 +98,10 @@ def make_demo(
     Raises:
         InputError: a size is out of range, or `out` holds something else.
     """
-    settings, target = Settings(seed, train, val, test, blind), Path(out).absolute()
+    settings = Settings(seed, train, val, test, blind)
     _check_sizes(settings)
-    if _is_made(target, settings):
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        made = aside / "demo"  # mkdtemp's own folder is closed to others
-        made.mkdir()
-        _write_demo(made, settings)
-        if target.is_dir() and _is_made(target, settings):  # another process was faster
-            return target
-        os.rename(made, target)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    return target
+    marker = {"made_by": "demo.make", "version": VERSION, **asdict(settings)}
+    return make_folder(out, marker, lambda folder: _write_demo(folder, settings))
 
 
 def plan_pictures(settings: Settings) -> list[Picture]:
@@ -157,34 +138,12 @@ def _check_sizes(settings: Settings) -> None:
         raise InputError(problems)
 
 
-def _is_made(target: Path, settings: Settings) -> bool:
-    """Whether `target` holds the demo of these settings; an InputError if it holds anything else."""
-    if not os.path.lexists(target):
-        return False
-    if not target.is_dir():
-        raise InputError([f"{target} is there and no folder: choose another place for the demo"])
-    if not any(target.iterdir()):
-        return False
-    try:
-        marker = json.loads((target / MARKER).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise InputError([f"{target} holds something that is no demo: choose another place for it"]) from None
-    if marker == _marker(settings):
-        return True
-    raise InputError([f"{target} holds a demo with other settings, {marker}: remove it or choose another place"])
-
-
-def _marker(settings: Settings) -> dict[str, Any]:
-    return {"made_by": "demo.make", "version": VERSION, **asdict(settings)}
-
-
 def _write_demo(folder: Path, settings: Settings) -> None:
     pictures = plan_pictures(settings)
     _write_pictures(folder, pictures, settings)
     _write_vqa(folder / "vqa", pictures, settings.seed)
     _write_json(folder / "dataset_coco.json", {"images": _karpathy_images(pictures), "dataset": "coco"})
-    (folder / "demo.spm").write_bytes(_train_tokenizer(_texts(pictures)))
-    _write_json(folder / MARKER, _marker(settings))
+    (folder / "demo.spm").write_bytes(train_tokenizer(_texts(pictures)))
 
 
 def _write_pictures(folder: Path, pictures: list[Picture], settings: Settings) -> None:
@@ -270,46 +229,30 @@ def _texts(pictures: list[Picture]) -> list[str]:
     return list(dict.fromkeys(texts))
 
 
-def _train_tokenizer(texts: Iterable[str]) -> bytes:
-    """A SentencePiece model; <unk>, <s>, </s> come first, as XLM-RoBERTa's conversion of ids expects.
-
-    Letters, digits and usual punctuation are pieces, so other questions in English can be asked as well.
-    """
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts),
-        model_writer=model,
-        model_type="bpe",  # whole words become pieces; the unigram model finds that superfluous with so few words
-        vocab_size=_VOCABULARY,
-        hard_vocab_limit=False,  # there may be fewer
-        character_coverage=1.0,
-        required_chars=string.ascii_letters + string.digits + ".,?!'",
-        unk_id=0,
-        bos_id=1,
-        eos_id=2,
-        pad_id=-1,
-        num_threads=1,  # the same bytes each time
-        minloglevel=2,
-    )
-    return model.getvalue()
-
-
 def _write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content), encoding="utf-8")
 
 
 def main(arguments: list[str] | None = None) -> None:
-    defaults = Settings()
+    defaults = asdict(Settings())
     parser = argparse.ArgumentParser(prog="python -m demo.make", description="Makes the demo data set.")
     parser.add_argument("out_dir", help="the folder to make; nothing is overwritten")
-    parser.add_argument("--seed", type=int, default=defaults.seed, help="another seed, other pictures (%(default)s)")
+    parser.add_argument(
+        "--table", action="store_true", help="300 pictures and a CSV table instead, to try one's own data with"
+    )
+    parser.add_argument("--seed", type=int, default=defaults["seed"], help="another seed, other pictures (%(default)s)")
     for name in ("train", "val", "test"):
-        size = getattr(defaults, name)
-        parser.add_argument(f"--{name}", type=int, default=size, help=f"pictures for {name} (%(default)s)")
+        parser.add_argument(f"--{name}", type=int, help=f"pictures for {name} ({defaults[name]})")
     parser.add_argument("--blind", action="store_true", help="one grey instead of each picture, for the baseline")
     given = parser.parse_args(arguments)
+    sizes = {name: getattr(given, name) for name in ("train", "val", "test") if getattr(given, name) is not None}
+    if given.table and (sizes or given.blind):
+        parser.error("--table makes 300 pictures that can be seen: leave out --train, --val, --test and --blind")
     try:
-        made = make_demo(given.out_dir, given.seed, given.train, given.val, given.test, given.blind)
+        if given.table:
+            made = make_table(given.out_dir, given.seed)
+        else:
+            made = make_demo(given.out_dir, given.seed, **sizes, blind=given.blind)
     except InputError as error:
         parser.error(str(error))
     print(f"The demo is in {made}")

@@ -20,9 +20,10 @@ from beit3.model.weights import Checkpoint, load_weights, read_checkpoint
 from beit3.system.errors import InputError
 from beit3.training.backends import Backend, BackendSettings, PlainBackend, choose_precision, prediction_context
 from beit3.training.ema import ModelEma
+from beit3.training.freezing import freeze
 from beit3.training.memory_estimate import GIGABYTE, Demand, training_demand
 from modeling_finetune import BEiT3Model, create_model, load_model
-from optim_factory import cosine_schedule, create_optimizer, parameter_groups
+from optim_factory import cosine_schedule, create_optimizer, layer_id, parameter_groups
 from runs import output_folder
 from runs.settings import OptimizerSettings, Settings
 from runs.together import refuse_together
@@ -56,7 +57,8 @@ def read_weights(settings: Settings) -> Checkpoint | None:
 
 
 def build_model(settings: Settings, task: Task, checkpoint: Checkpoint | None, device: torch.device) -> BEiT3Model:
-    """The model on the CPU, with the checkpoint's weights in it if there is one; its layers compiled if asked for."""
+    """The model on the CPU, with the checkpoint's weights in it if there is one; for training, frozen and compiled as
+    asked for."""
     model_settings, head_rows = settings.model, None
     if checkpoint is not None and settings.task.uses_text:
         problems = other_tokenizer(checkpoint.path, checkpoint.description, task.tokenizer, held=False)
@@ -80,6 +82,7 @@ def build_model(settings: Settings, task: Task, checkpoint: Checkpoint | None, d
     if checkpoint is not None:
         report = load_weights(model, checkpoint, new_head=True, head_rows=head_rows)
         logger.info("%s: %s", checkpoint.path, report)
+    freeze(model, model_settings.freeze)
     if model_settings.compile:
         compile_layers(model.beit3, device)
     return model
@@ -191,12 +194,14 @@ def check_data(settings: Settings, process: utils.Process, task: Task, *datasets
 
 
 def check_room(
-    settings: Settings, process: utils.Process, num_parameters: int, steps_per_epoch: int, resume_from: Path | None
+    settings: Settings, process: utils.Process, model: BEiT3Model, steps_per_epoch: int, resume_from: Path | None
 ) -> None:
     """That checkpoints fit on the disk, see `runs.output_folder.check_room`. Raises InputError on every process."""
     problems: list[str] = []
     if process.is_main:
-        problems = output_folder.check_room(settings, num_parameters, steps_per_epoch, resume_from)
+        problems = output_folder.check_room(
+            settings, model.num_parameters, steps_per_epoch, resume_from, model.num_trained
+        )
     refuse_together(problems)
 
 
@@ -242,11 +247,13 @@ def build_backend(settings: Settings, model: BEiT3Model, process: utils.Process)
 
 
 def build_average(settings: Settings, backend: Backend) -> ModelEma | None:
-    """The average of the weights, where one is asked for."""
+    """The average of the trained weights, where one is asked for."""
     model = settings.model
     if not model.model_ema:
         return None
-    return ModelEma(backend.full_parameters(), model.model_ema_decay, model.model_ema_force_cpu)
+    trained = {name for name, parameter in backend.module.named_parameters() if parameter.requires_grad}
+    parameters = ((name, value) for name, value in backend.full_parameters() if name in trained)
+    return ModelEma(parameters, model.model_ema_decay, model.model_ema_force_cpu)
 
 
 def make_schedule(optimizer: OptimizerSettings, steps_per_epoch: int, epochs: int | None = None) -> list[float]:
@@ -267,6 +274,8 @@ def memory_demand(settings: Settings, task: Task, model: BEiT3Model, process: ut
         model.beit3.config,
         model.num_parameters,
         backend_settings(settings, process),
+        trained=model.num_trained,
+        layers_below=layers_below(model),
         device=process.device.type,
         text_tokens=task.text_tokens(),
         output_values=task.output_values(model),
@@ -295,6 +304,12 @@ def announce_memory(settings: Settings, task: Task, model: BEiT3Model, process: 
     advice = memory_advice(settings, demand, room)
     if advice is not None:
         logger.warning("%s", advice)
+
+
+def layers_below(model: BEiT3Model) -> int:
+    """Layers below the lowest trained parameter, which have no backward pass."""
+    layers = model.num_layers
+    return max(0, min(layer_id(name, layers) for name, each in model.named_parameters() if each.requires_grad) - 1)
 
 
 def autocast(settings: Settings, process: utils.Process) -> Any:

@@ -105,9 +105,11 @@ def _look_at_the_machine(
     del checkpoint
     _tell("model", [f"{settings.model_name}, {model.num_parameters / 1e6:.1f} M parameters"])
     demand = assembly.memory_demand(settings, task, model, process)
-    one = output_folder.checkpoint_bytes(settings, model.num_parameters)
+    one = output_folder.checkpoint_bytes(settings, model.num_parameters, model.num_trained)
     free = output_folder.free_bytes(Path(settings.run.output_dir or "."))
-    problems = output_folder.check_room(settings, model.num_parameters, sampler.steps_per_epoch, None)
+    problems = output_folder.check_room(
+        settings, model.num_parameters, sampler.steps_per_epoch, None, model.num_trained
+    )
     optimizer = settings.optimizer
     pairs = optimizer.batch_size * optimizer.update_freq * process.world_size
     most = demand.most_pictures(room)

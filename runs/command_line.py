@@ -15,9 +15,10 @@ from typing import Any
 
 from beit3.data.tokenizer import Tokenizer
 from beit3.model.description import About, about, answers_at_once
-from beit3.model.names import REGISTERED, name_by_shapes, names_with, pixels_of
+from beit3.model.names import REGISTERED, layers_of, name_by_shapes, names_with, pixels_of
 from beit3.system.errors import InputError, printable
 from beit3.system.flags import Flag, Parser, flags_of, unknown_flags, values, without_values
+from beit3.training import freezing
 from runs.settings import CONCERNS, TITLES, ModelSettings, Settings
 from tasks import PLANNED, TASKS, settings_of
 from tasks.checkpoint import other_tokenizer, task_by_head
@@ -387,10 +388,19 @@ def _problems(settings: Settings) -> list[str]:
         problems.append(f"--split {split or repr(split)}: {task.name} has {', '.join(task.splits)}")
     if not re.fullmatch(r"auto|cpu|(cuda|mps|xpu)(:\d+)?", run.device):
         problems.append(f"--device {run.device}: auto, cpu, cuda or cuda:N is wanted")
+    if (wrong := _freezing_problem(settings)) is not None:
+        problems.append(wrong)
     if model.compile and deepspeed.enable_deepspeed and deepspeed.zero_stage == 3:
         problems.append("--compile: not with --zero_stage 3, which takes the layers' weights apart; use 0, 1 or 2")
     problems += settings.data.problems()
     return problems if wrong_split else problems + task.problems(_with_tokenizer(settings), training=not run.eval)
+
+
+def _freezing_problem(settings: Settings) -> str | None:
+    """What is wrong with `--freeze`; of an unknown model, which is told, not whether it has so many layers."""
+    suffix, name = settings.task.model_suffix, settings.model_name
+    known = suffix in REGISTERED and name.removesuffix(f"_{suffix}") in names_with(suffix)
+    return freezing.problem_of(settings.model.freeze, layers_of(name) if known else None)
 
 
 def _with_tokenizer(settings: Settings) -> DataSettings:

@@ -60,9 +60,12 @@ def _without(what: str, error: Exception) -> None:
 
 def announce(settings: Settings, run: TrainingRun, validation_examples: int) -> None:
     process = run.process
+    size = f"{run.num_parameters / 1e6:.1f} M parameters"
+    if run.num_trained != run.num_parameters:
+        size = f"of {size} {run.num_trained / 1e6:.1f} M are trained"
     logger.info(
-        "%s: %.1f M parameters, %d training and %d validation examples, %d steps of %d pairs per epoch, %s on %d × %s",
-        settings.model_name, run.num_parameters / 1e6, len(run.dataset), validation_examples,
+        "%s: %s, %d training and %d validation examples, %d steps of %d pairs per epoch, %s on %d × %s",
+        settings.model_name, size, len(run.dataset), validation_examples,
         run.sampler.steps_per_epoch, run.sampler.global_batch,
         run.backend.settings.precision, process.world_size, process.device.type,
     )  # fmt: skip
@@ -74,7 +77,7 @@ def log_epoch(
     entry: dict[str, float] = {f"train_{name}": value for name, value in training.items()}
     entry |= {f"val_{name}": value for name, value in validation.scores.items()}
     logger.info("epoch %d: %s", epoch, "  ".join(f"{name} {value:.4g}" for name, value in entry.items()))
-    entry |= {"epoch": epoch, "n_parameters": run.num_parameters}
+    entry |= {"epoch": epoch, "n_parameters": run.num_trained}
     if output_dir and run.process.is_main:
         for name, content in validation.files.items():
             with _only_tells(Path(output_dir) / f"{name}_e{epoch}.json") as path:

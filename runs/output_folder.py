@@ -64,25 +64,33 @@ def _free_text(folder: Path) -> str:
     return "free bytes are not known" if free is None else f"{free} bytes are free"
 
 
-def checkpoint_bytes(settings: Settings, num_parameters: int) -> int:
-    """Of one full checkpoint, about: fp32 weights, what the optimizer keeps, the average."""
+def checkpoint_bytes(settings: Settings, num_parameters: int, num_trained: int) -> int:
+    """Of one full checkpoint, about: fp32 weights; of those that are trained what the optimizer keeps, the average."""
     # Adam keeps two values for each weight; of other optimizers one is assumed, so that no run is refused wrongly.
-    values = 3 if "adam" in settings.optimizer.opt.lower() else 2
+    values = 2 if "adam" in settings.optimizer.opt.lower() else 1
     values += settings.model.model_ema
-    values += settings.deepspeed.enable_deepspeed  # the whole weights lie beside the engine's own files
-    return 4 * values * num_parameters
+    copies = 1 + settings.deepspeed.enable_deepspeed  # the whole weights lie beside the engine's own files
+    return 4 * (copies * num_parameters + values * num_trained)
 
 
-def check_room(settings: Settings, num_parameters: int, steps_per_epoch: int, resume_from: Path | None) -> list[str]:
+def check_room(
+    settings: Settings,
+    num_parameters: int,
+    steps_per_epoch: int,
+    resume_from: Path | None,
+    num_trained: int | None = None,
+) -> list[str]:
     """Problems where not one checkpoint fits on the disk; warns where not all that are to be kept may fit.
 
     Call it on the first process, before the training. resume_from: see `runs.state.find_resumable`.
+    num_trained: of the parameters; None: all.
     """
     run, folder = settings.run, Path(settings.run.output_dir)
     free = free_bytes(folder) if run.output_dir and run.save_ckpt else None
     if free is None or _is_finished(settings, resume_from):
         return []
-    one, weights = checkpoint_bytes(settings, num_parameters), 4 * num_parameters
+    trained = num_parameters if num_trained is None else num_trained
+    one, weights = checkpoint_bytes(settings, num_parameters, trained), 4 * num_parameters
     every = settings.optimizer.epochs / run.save_ckpt_freq
     if run.save_ckpt_steps:
         every += settings.optimizer.epochs * steps_per_epoch / run.save_ckpt_steps

@@ -37,6 +37,12 @@ class ModelSettings:
     vocab_size: int = flag(
         64010, "rows of the token table", at_least=4, at_most=10_000_000, decides_steps=True, said_by="vocab_size"
     )
+    freeze: str = flag(
+        "",
+        "what is not trained: embeddings, text, image (the weights of one modality), encoder or head-only (alike: all "
+        "but the head), or a number of layers from below, with the embeddings; several joined by commas",
+        decides_steps=True,
+    )
     drop_path: float = flag(0.1, "stochastic depth of the last layer", at_least=0, below=1, decides_steps=True)
     checkpoint_activations: bool = flag(False, "recompute activations: less memory for about a third more time")
     compile: bool = flag(
@@ -139,6 +145,12 @@ class RunSettings:
     )
     timeout: float = flag(
         1800, "seconds to wait for another process or a loader's worker", at_least=1, at_most=10_000_000
+    )
+    patience: int = flag(
+        0,
+        "training ends when so many validations in a row were not better than the best one; 0 = never",
+        at_least=0,
+        at_most=100_000,
     )
     start_epoch: int = flag(0, "first epoch when nothing is resumed", at_least=0, at_most=100_000)
     dist_on_itp: bool = flag(False, "read ranks from Open MPI's variables")

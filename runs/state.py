@@ -44,7 +44,7 @@ from tasks.base import Task
 logger = logging.getLogger(__name__)
 
 # Flags that decide steps and came later, with the value that says what runs did before; "--flag" → value.
-CAME_LATER = {"--new_head": False}
+CAME_LATER = {"--new_head": False, "--freeze": ""}
 STEPS_VERSION = "version of the task's steps"  # in a fingerprint's recipe
 HEAD = "meaning of the head"  # in a fingerprint's data, since 2026-11; earlier ones say nothing of it
 
@@ -61,6 +61,19 @@ class RunPosition:
     @property
     def place(self) -> Position:
         return self.epoch, self.step
+
+    @property
+    def without_improvement(self) -> int:
+        """Validations in a row, up to the last one, that were not better than the best."""
+        return self.epoch - 1 - self.best_epoch if self.best_epoch >= 0 else 0
+
+    def patience_is_over(self, settings: Settings) -> bool:
+        """Whether `--patience` ends the run here. An epoch that was begun is trained and validated first."""
+        return self.step == 0 and 0 < settings.run.patience <= self.without_improvement
+
+    def is_over(self, settings: Settings) -> bool:
+        """Whether nothing is left to train."""
+        return self.epoch >= settings.optimizer.epochs or self.patience_is_over(settings)
 
 
 @dataclass(frozen=True)
@@ -196,10 +209,11 @@ def _why_not(keeping: Keeping, path: Path) -> list[str]:
     changed = differences(made, now)
     if changed.keys() == {"--epochs"} and _same_so_far(keeping, made["recipe"]["--epochs"], path):
         logger.info("%s: %s; all learning rates so far are the same", path, changed["--epochs"])
-    elif changed and not keeping.force:
+    elif changed and not (keeping.force and "--freeze" not in changed):
+        forced = ", or add --force_resume to go on all the same" if "--freeze" not in changed else ""
         problems.append(
             f"{path}: belongs to another run: {'; '.join(changed.values())}. {_advice(keeping, changed, path)}Choose "
-            "another --output_dir, or add --force_resume to go on all the same"
+            f"another --output_dir{forced}"
         )
     return problems
 
@@ -225,6 +239,12 @@ def _advice(keeping: Keeping, changed: Mapping[str, str], path: Path) -> str:
         said += (
             "The learning rate falls over all epochs, so another number of them is another run: to train further from "
             f"what this one has learned, give {path.parent / 'checkpoint-best'} to --finetune. "
+        )
+    if "--freeze" in changed:
+        said += (
+            "The optimizer of the run keeps values of the weights that it trained, so not even --force_resume takes "
+            f"others: to train them from what the run has learned, give {path.parent / 'checkpoint-best'} to "
+            "--finetune. "
         )
     if "tokenizer" in changed:
         said += f"The tokenizer of the run is kept in its checkpoint; this one is {keeping.tokenizer}. "
@@ -261,24 +281,24 @@ class Keeper:
     ) -> None:
         self.keeping, self.process, self.backend, self.task = keeping, process, backend, task
         self.description, self.tokenizer, self.ema, self.resumed_from = description, tokenizer, ema, resumed_from
+        self.told_of_best: Sequence[str] = ()  # of the best validation, where it was one of this process
         self.started = self.saved = (0, 0)  # where this process began, and its newest checkpoint stands
 
-    def start(self, first_epoch: int, epochs: int) -> tuple[RunPosition, EpochState]:
-        """Where the run of so many epochs begins: at its checkpoint, whose state is taken over, or at `first_epoch`.
-
-        Collective.
-        """
-        position, state = RunPosition(first_epoch), EpochState()
+    def start(self, settings: Settings) -> tuple[RunPosition, EpochState]:
+        """Where the run begins: at its checkpoint, whose state is taken over, or at `--start_epoch`. Collective."""
+        position, state = RunPosition(settings.run.start_epoch), EpochState()
         if self.resumed_from is not None:
             extra = self.backend.load(self.resumed_from)
             position = RunPosition(**extra["progress"])
             state = EpochState.from_states(extra["states"], self.process.rank, self.process.world_size)
             if self.ema is not None and extra["ema"] is not None:
                 self.ema.load(extra["ema"])
-            if position.epoch >= epochs:
+            if position.is_over(settings):
                 logger.info("%s: already finished after epoch %d", self.resumed_from, position.epoch - 1)
             else:
                 logger.info("%s: going on with epoch %d, step %d", self.resumed_from, position.epoch, position.step)
+        elif not settings.model.finetune:
+            logger.info("no --finetune: training starts from fresh weights")
         self.started = self.saved = position.place
         return position, state
 
@@ -301,11 +321,13 @@ class Keeper:
         if self.process.is_main:
             prune(path, self.keeping.suffix, self.keeping.keep, self.resumed_from)
 
-    def keep_best(self, position: RunPosition, validation: Validation) -> None:
+    def keep_best(self, settings: Settings, position: RunPosition, validation: Validation) -> None:
         """Write `checkpoint-best` when the validation metric improved.
 
         Where validation cannot be scored, the last epoch counts as the best. Collective.
         """
+        if validation.score is None and settings.run.patience and position.best_epoch < 0:
+            logger.warning("--patience has no effect: validation gives no %s here to improve", self.task.best_metric)
         if validation.score is not None and validation.score <= position.best:
             return
         position.best_epoch = position.epoch
@@ -319,11 +341,17 @@ class Keeper:
         }
         if validation.calibration is not None:
             facts["calibration"] = dict(validation.calibration)
+        self.told_of_best = validation.lines
         averages = self.ema.averages if self.ema is not None and validation.averaged else None
         self._write_weights("checkpoint-best", {"", self.keeping.suffix}, facts, averages)
 
-    def finish(self, position: RunPosition) -> None:
+    def finish(self, settings: Settings, position: RunPosition) -> None:
         """Write the last weights as `checkpoint-last` and say what came out. Collective."""
+        if position.epoch < settings.optimizer.epochs:
+            logger.info(
+                "no improvement for %d epochs: training ends after epoch %d of %d",
+                position.without_improvement, position.epoch - 1, settings.optimizer.epochs,
+            )  # fmt: skip
         if self.keeping.folder is not None:
             was_finished = self.started == position.place
             if not (was_finished and (self.keeping.folder / "checkpoint-last" / MODEL_FILE).is_file()):
@@ -331,6 +359,8 @@ class Keeper:
         if position.best > -math.inf:
             metric = self.task.best_metric
             logger.info("best validation %s %.2f, after epoch %d", metric, position.best, position.best_epoch)
+        for line in self.told_of_best:
+            logger.info("%s", line)
 
     def _write_weights(
         self, name: str, suffixes: set[str], facts: Mapping[str, Any], averages: Mapping[str, Any] | None
@@ -338,8 +368,9 @@ class Keeper:
         """The whole weights in fp32: a folder with `model.safetensors` for the suffix "", and one `.pth` file."""
         if self.keeping.folder is None:
             return
-        named = averages.items() if averages is not None else self.backend.full_parameters()
-        weights = {parameter: tensor.detach().float().cpu() for parameter, tensor in named}
+        averages = averages or {}  # frozen parameters have none
+        whole = ((each, averages.get(each, tensor)) for each, tensor in self.backend.full_parameters())
+        weights = {parameter: tensor.detach().float().cpu() for parameter, tensor in whole}
         if self.process.is_main:
             for suffix in sorted(suffixes):
                 path = self.keeping.folder / f"{name}{suffix}"

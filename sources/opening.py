@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -30,7 +31,7 @@ def open_source(named: str, columns: Mapping[str, str] = {}, asks: bool | None =
     readable.
     """
     path = Path(named)
-    if path.is_dir():
+    if os.path.isdir(path):  # unlike `Path.is_dir`, raises nothing where a name is too long
         found = [path / name for name in _names(path) if _is_metadata(name)]
         if len(found) == 1:
             return _table(found[0], columns, "", asks)
@@ -38,7 +39,7 @@ def open_source(named: str, columns: Mapping[str, str] = {}, asks: bool | None =
         if found:
             raise InputError(f"{path}: {_listed(found)} are all there, and one is read; name the one, or remove others")
         raise InputError(f"{path}: a folder without a table {wanted}; name a table, or put one there")
-    if path.is_file():
+    if os.path.isfile(path):
         return _open_file(path, columns, asks)
     if "," in named:
         return _open_pair(*named.split(","))
@@ -50,7 +51,7 @@ def find_sources(folder: Path, columns: Mapping[str, str] = {}, asks: bool | Non
 
     It may hold `metadata.csv`, whose rows may say their split; or `train/`, `validation/`, `test/` with such a table in
     each; or tables `train.csv`, `val.jsonl`, `test.parquet.gz`, and so on; or shards `train-00000-of-00003.parquet`,
-    in `data/` too. Raises InputError where a split has several of these, or is not complete.
+    in `data/` too. Raises InputError where a split has several of these, is not complete, or cannot be opened.
     """
     candidates = _candidates(folder)
     problems = [
@@ -62,7 +63,15 @@ def find_sources(folder: Path, columns: Mapping[str, str] = {}, asks: bool | Non
         problems += [what for each in several for what in each.incomplete()]
     if problems:
         raise InputError(problems)
-    return {split: _open_candidate(several[0], columns, asks) for split, several in sorted(candidates.items())}
+    found: dict[str, Source] = {}
+    for split, several in sorted(candidates.items()):
+        try:
+            found[split] = _open_candidate(several[0], columns, asks)
+        except InputError as error:
+            problems += error.problems
+    if problems:
+        raise InputError(problems)
+    return found
 
 
 def sources_here(folder: Path) -> bool:
@@ -111,10 +120,10 @@ def _candidates(folder: Path) -> dict[str, list[_Candidate]]:
         path, split = folder / name, SPLIT_OF.get(name.lower())
         if _is_metadata(name):
             found.setdefault(TRAIN, []).append(_Candidate([path]))
-        elif split is not None and path.is_dir():
+        elif split is not None and os.path.isdir(path):
             tables = [path / table for table in _names(path) if _is_metadata(table)]
             found.setdefault(split, []).extend(_Candidate([table], name) for table in tables)
-        elif (split := _split_of_table(name)) is not None and path.is_file():
+        elif (split := _split_of_table(name)) is not None and os.path.isfile(path):
             found.setdefault(split, []).append(_Candidate([path]))
     for place in (folder, folder / "data"):
         shards: dict[tuple[str, str], list[Path]] = {}
@@ -162,7 +171,7 @@ def _open_file(path: Path, columns: Mapping[str, str], asks: bool | None) -> Sou
 
 def _open_pair(*names: str) -> Source:
     paths = [Path(name.strip()) for name in names]
-    if missing := [f"{path}: no such file" for path in paths if not path.is_file()]:
+    if missing := [f"{path}: no such file" for path in paths if not os.path.isfile(path)]:
         raise InputError(missing)
     questions = [path for path in paths if VqaPairs.fits(look_at(path))]
     annotations = [path for path in paths if VqaPairs.annotates(look_at(path))]

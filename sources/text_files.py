@@ -17,7 +17,7 @@ BLOCK = 1 << 18  # bytes read at a time
 MAX_CELL = 1 << 20  # characters
 MAX_ROW = 1 << 23  # characters; an answer and a question have a few hundred
 # gzip packs a thousandfold at most, and tables that people fill in tenfold.
-MOST_PACKED, PACKED_MATTERS = 200, 1 << 26  # times; bytes
+MOST_PACKED, PACKED_MATTERS = 200, 1 << 23  # times; bytes
 
 OnBytes = Callable[[int], object]  # told how many bytes of the file were read since it was last told
 

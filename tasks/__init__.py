@@ -9,11 +9,11 @@ from tasks.settings import TaskSettings
 
 # --task NAME → `module:Class` of its settings
 TASKS = {
-    "vqa": "tasks.vqav2.own_settings:VQASettings",
-    "captioning": "tasks.captioning.own_settings:OwnCaptioningSettings",
     "vqav2": "tasks.vqav2.settings:VQAv2Settings",
     "coco_captioning": "tasks.captioning.settings:CaptioningSettings",
     "nocaps": "tasks.captioning.settings:NoCapsSettings",
+    "vqa": "tasks.vqav2.own_settings:VQASettings",
+    "captioning": "tasks.captioning.own_settings:OwnCaptioningSettings",
 }
 
 # Names of --task, and their flags, that the BEiT-3 repository has and this one has not yet.

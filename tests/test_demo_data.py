@@ -453,21 +453,21 @@ def test_an_interrupted_run_leaves_nothing(tmp_path, monkeypatch, stop):
         assert any((tmp_path / name).is_dir() for name in os.listdir(tmp_path))  # it is being written
         raise stop
 
-    monkeypatch.setattr(make, "_train_tokenizer", interrupt)
+    monkeypatch.setattr(make, "train_tokenizer", interrupt)
     with pytest.raises(type(stop) if isinstance(stop, OSError) else stop):
         make_demo(tmp_path / "demo", train=10, val=10, test=10)
     assert os.listdir(tmp_path) == []
 
 
 def test_two_at_once_both_end_with_the_demo(tmp_path, monkeypatch, demo):
-    train = make._train_tokenizer
+    train = make.train_tokenizer
 
     def be_overtaken(texts):
-        monkeypatch.setattr(make, "_train_tokenizer", train)
+        monkeypatch.setattr(make, "train_tokenizer", train)
         make_demo(tmp_path / "demo", **SIZES)
         return train(texts)
 
-    monkeypatch.setattr(make, "_train_tokenizer", be_overtaken)
+    monkeypatch.setattr(make, "train_tokenizer", be_overtaken)
     assert make_demo(tmp_path / "demo", **SIZES) == tmp_path / "demo"
     assert os.listdir(tmp_path) == ["demo"] and _digests(tmp_path / "demo") == _digests(demo)
 

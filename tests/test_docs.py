@@ -334,7 +334,7 @@ def test_there_are_such_commands_in_the_readme_and_in_the_help():
 
 @pytest.mark.parametrize(
     ("changed", "problem"),
-    [(("--layer_decay 1.0", "--layer_decay 7"), "--layer_decay 7"), (("--task vqav2", "--task vqa"), "--task vqa")],
+    [(("--layer_decay 1.0", "--layer_decay 7"), "--layer_decay 7"), (("--task vqav2", "--task vqa2"), "--task vqa2")],
 )
 def test_the_check_sees_a_command_that_is_refused(changed, problem, somewhere, monkeypatch):
     command = (

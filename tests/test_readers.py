@@ -377,8 +377,8 @@ def test_mistakes_in_a_pair(tmp_path, name, place, value, told):
         reading.findings.raise_any()
     told_of = tmp_path / ANNOTATIONS if told.startswith("annotations of") else changed
     assert f"{told_of}: {told}" in error.value.problems[0] and len(rows) == 2
-    others = [problem for problem in error.value.problems[1:] if "annotation of a question" not in problem]
-    assert len(others) == (told.startswith("`question_id` of another entry: q"))
+    # A doubled id leaves its question or annotation without the other; what is wrong otherwise is told once.
+    assert len(error.value.problems) == (2 if "of another entry" in told else 1)
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -477,6 +477,7 @@ def test_a_list_whose_columns_are_named_is_a_table():
     ("named", "told"),
     [
         ("none.csv", "{}/none.csv: no such file or folder"),
+        ("x" * 300, "x: no such file or folder"),
         ("x.xlsx", "{}/x.xlsx: no table and no published format by its ending; wanted .csv, .tsv, .jsonl, .json, "),
         ("x.json", '{}/x.json: a JSON object of no known format (its first keys: "a", "b\\u001b"); known are VQA '),
         (
@@ -584,6 +585,17 @@ def test_what_is_doubled_or_not_complete_is_told_at_once(tmp_path):
         f"{tmp_path}: metadata.csv, {tmp_path}/train/metadata.csv are all for train, and one is read; remove others",
         f"{tmp_path}: val.csv, validation.jsonl are all for val, and one is read; remove others",
         f"{tmp_path}: 1 of 2 files like test-00001-of-00002.parquet; get the missing ones",
+    ]
+
+
+def test_splits_that_cannot_be_opened_are_told_at_once(tmp_path):
+    for name in ("train", "val"):
+        (tmp_path / f"{name}.json").write_text('{"x": 1}')
+    with pytest.raises(InputError) as error:
+        find_sources(tmp_path)
+    assert [problem.split(": a JSON object of")[0] for problem in error.value.problems] == [
+        f"{tmp_path}/train.json",
+        f"{tmp_path}/val.json",
     ]
 
 

@@ -27,6 +27,17 @@ PUBLISHED = {
 }
 
 
+# Own data: task, size → the task whose published values it takes; None: from fresh weights.
+OWN = {
+    ("vqa", "base"): "vqav2",
+    ("vqa", "large"): "vqav2",
+    ("vqa", "tiny"): None,
+    ("captioning", "base"): "coco_captioning",
+    ("captioning", "large"): "coco_captioning",
+    ("captioning", "tiny"): None,
+}
+
+
 def lines(name):
     return (RECIPES / f"{name}.flags").read_text().splitlines()
 
@@ -59,10 +70,18 @@ def test_a_recipe_has_the_published_values(task, size, no_files):
         assert settings.task.drop_worst_after == 12000 and settings.model.checkpoint_activations
 
 
+@pytest.mark.parametrize(("task", "size"), [key for key, published in OWN.items() if published])
+def test_own_data_is_learned_with_the_published_values_but_for_how_long(task, size):
+    own, published = flags(f"{task}.{size}"), flags(f"{OWN[task, size]}.{size}")
+    for name in ("--lr", "--drop_path", "--weight_decay", "--layer_decay", "--seed"):
+        assert own[own.index(name) + 1] == published[published.index(name) + 1]
+    assert not {"--epochs", "--batch_size", "--warmup_epochs"} & set(own)  # planned by the number of rows
+
+
 def test_every_recipe_is_tested():
     names = {file.name.removesuffix(".flags") for file in RECIPES.glob("*.flags")}
     demo = {"demo.vqav2", "demo.coco_captioning"}
-    assert names == {f"{task}.{size}" for task, size in PUBLISHED} | demo
+    assert names == {f"{task}.{size}" for task, size in PUBLISHED} | demo | {f"{task}.{size}" for task, size in OWN}
 
 
 @pytest.fixture
@@ -104,7 +123,7 @@ def test_a_step_takes_the_published_pairs_on_any_number_of_gpus(told, gpus, extr
     assert "128 pairs per step, as published" in result.stdout
     assert value(training, "--update_freq") == freq
     assert ("runs.launch" in training) == (gpus != "1")
-    assert index[1:] == ["-m", "tasks.make_index", "vqav2", "/d", "s"]
+    assert index[1:] == ["-m", "tasks.make_index", "vqav2", "/d", "s", *extra]
     assert result.stdout.endswith("next:       DATA_PATH=/d FINETUNE=output/checkpoint-best bash prediction.sh\n")
 
 

@@ -65,6 +65,7 @@ ANOTHER = {
     "input_size": ["--model", "beit3_base_patch16_480", "--input_size", "480"],
     "finetune": ["--finetune", "{weights}"],
     "opt": ["--opt", "sgd"],
+    "freeze": ["--freeze", "text,2"],
 }
 
 

@@ -26,6 +26,11 @@ OWNER = {each.name: task for task in reversed(TASKS) for each in [*SHARED_FLAGS,
 NUMBERS = [each for each in EVERY_FLAG.values() if each.kind in (int, float) and each.count]
 
 
+def numbers_of(task):
+    """The flags of a task that take numbers."""
+    return [each for each in NUMBERS if each in [*SHARED_FLAGS, *TASK_FLAGS[task]]]
+
+
 @pytest.fixture(scope="module")
 def coco(tmp_path_factory):
     """mini_coco with the index files of every task."""
@@ -36,6 +41,9 @@ def coco(tmp_path_factory):
     CaptioningDataset.make_coco_captioning_dataset_index(data_path=str(folder), tokenizer=spm)
     for split in ("val", "test"):
         shutil.copy(folder / f"coco_captioning.{split}.jsonl", folder / f"nocaps.{split}.jsonl")
+    for file in list(folder.glob("coco_captioning.*.json*")):
+        if file.name != "coco_captioning.index.json":
+            shutil.copy(file, folder / file.name.removeprefix("coco_"))
     return folder
 
 
@@ -84,7 +92,7 @@ def test_every_number_has_a_lower_and_an_upper_bound():
 
 @pytest.mark.parametrize("task", TASKS)
 def test_a_number_outside_of_a_bound_is_refused_by_name_and_all_of_them_at_once(coco, task):
-    numbers = [each for each in NUMBERS if each in SHARED_FLAGS or each in TASK_FLAGS[task]]
+    numbers = numbers_of(task)
     for side in (0, -1):
         given = {each.name: outside(each)[side] for each in numbers}
         argv = [part for each in numbers for part in (f"--{each.name}", *[given[each.name]] * each.count)]
@@ -102,17 +110,19 @@ def test_the_bounds_themselves_are_taken_where_they_belong_to_the_values(each):
         assert each.read([text] * each.count) is not None
 
 
+@pytest.mark.parametrize("task", ["coco_captioning", "vqa"])
 @pytest.mark.parametrize("bad", ["nan", "inf", "1e999", "some", "", "0x10", "9" * 400, "1,5"])
-def test_what_is_no_number_is_refused_for_every_number(coco, bad):
-    argv = [part for each in NUMBERS for part in (f"--{each.name}", *[bad] * each.count)]
-    told = refused(complete(coco, "coco_captioning", *argv))
-    for each in NUMBERS:
+def test_what_is_no_number_is_refused_for_every_number(coco, bad, task):
+    numbers = numbers_of(task)
+    argv = [part for each in numbers for part in (f"--{each.name}", *[bad] * each.count)]
+    told = refused(complete(coco, task, *argv))
+    for each in numbers:
         assert any(problem.startswith(f"--{each.name} {bad or repr(bad)}") for problem in told), each.name
-    assert len(told) == len(NUMBERS)
+    assert len(told) == len(numbers)
 
 
 def test_a_wrong_number_of_values_is_one_mistake_among_others(coco):
-    with_values = [each for each in EVERY_FLAG.values() if each.count]
+    with_values = [each for each in [*SHARED_FLAGS, *TASK_FLAGS["coco_captioning"]] if each.count]
     for wrong in (0, 1):  # none at all, and one too many
         argv = []
         for each in with_values:
@@ -138,7 +148,7 @@ def test_a_value_that_is_none_of_the_choices_is_refused_naming_them(coco):
 def test_an_empty_path_is_refused_and_is_not_the_current_folder(coco):
     for each in EVERY_FLAG.values():
         if each.kind is Path:
-            told = refused(complete(coco, "vqav2", f"--{each.name}", ""))
+            told = refused(complete(coco, OWNER[each.name], f"--{each.name}", ""))
             assert told == [f"--{each.name} '': a path is wanted; is a variable of the shell empty?"]
 
 
@@ -177,7 +187,7 @@ RELEASED_IMAGENET = """nb_classes mixup cutmix cutmix_minmax mixup_prob mixup_sw
 
 @pytest.mark.parametrize("task", TASKS)
 def test_every_flag_of_the_released_code_is_taken_and_has_the_released_default(task):
-    released = RELEASED if task == "vqav2" else {**RELEASED, **RELEASED_CAPTIONING}
+    released = RELEASED if task in ("vqav2", "vqa") else {**RELEASED, **RELEASED_CAPTIONING}
     flags = {each.name: each for each in [*SHARED_FLAGS, *TASK_FLAGS[task]]}
     for name, default in released.items():
         assert flags[name].default == (False if default is None else default), name
@@ -278,7 +288,7 @@ def test_every_mistyped_flag_is_understood(coco):
         ([], "--task is needed"),
         (["vqav2"], "'vqav2': what is this?"),
         (["--task"], "--task '': one of vqav2, "),
-        (["--task", "vqa"], "--task vqa: one of vqav2, "),
+        (["--task", "vqa2"], "--task vqa2: one of vqav2, "),
         (["--task", "vqav2", "nocaps"], "--task vqav2 nocaps: one of vqav2, "),
         (["--task", "imagenet"], "--task imagenet is not there yet"),
         (["--eval"], "--eval needs a checkpoint"),

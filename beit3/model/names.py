@@ -47,6 +47,11 @@ def pixels_of(name: str) -> int:
     return int(name.rpartition("_")[2])
 
 
+def layers_of(name: str) -> int:
+    """Layers of a registered model, from its name with or without the suffix."""
+    return SIZES[name.split("_")[1]]["layers"]
+
+
 # A parameter that only a model with this head has.
 TELLING = {
     "vqav2": "pooler.dense.weight",

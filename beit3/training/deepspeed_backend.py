@@ -18,8 +18,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import safe_open
 from torch import Tensor, nn
 
+from beit3.model.description import MODEL_FILE
 from beit3.model.weights import load_untrusted, write_weights
 from beit3.system.atomic_files import atomic_write
 from beit3.system.errors import CheckpointError, InputError
@@ -56,7 +58,10 @@ def import_deepspeed() -> Any:
 
 
 def engine_config(settings: BackendSettings, world_size: int, num_parameters: int) -> dict[str, Any]:
-    """DeepSpeed's configuration as a value. What its defaults changed between versions is written out."""
+    """DeepSpeed's configuration as a value. What its defaults changed between versions is written out.
+
+    num_parameters: those that are trained.
+    """
     stage, precision = settings.zero_stage, settings.precision
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": settings.batch_size,
@@ -91,10 +96,15 @@ class DeepSpeedBackend:
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, settings: BackendSettings) -> None:
         deepspeed = import_deepspeed()
         self.settings = settings
-        num_parameters = sum(parameter.numel() for parameter in model.parameters())
-        self.config = engine_config(settings, dist.get_world_size(), num_parameters)
+        num_trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        self.config = engine_config(settings, dist.get_world_size(), num_trained)
         # ZeRO-3 leaves the model in pieces, which only all processes in step can compute with.
         self._whole = copy.deepcopy(model).cpu() if settings.zero_stage == 3 else None
+        # Of weights that are not trained the engine has no fp32 values beside those that it computes with.
+        self._frozen: dict[str, Tensor] = {}
+        if settings.zero_stage == 3 or settings.precision != "fp32":
+            frozen = (item for item in model.named_parameters() if not item[1].requires_grad)
+            self._frozen = {name: parameter.detach().to("cpu", torch.float32) for name, parameter in frozen}
         self._broken = False
         with _its_prints_in_our_log(), _without_cpu_op():
             self.engine, self.optimizer, _, _ = deepspeed.initialize(
@@ -141,6 +151,9 @@ class DeepSpeedBackend:
         from deepspeed.utils import safe_get_full_fp32_param
 
         for name, parameter in self.module.named_parameters():
+            if name in self._frozen:
+                yield name, self._frozen[name]
+                continue
             whole = safe_get_full_fp32_param(parameter)
             shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 leaves an empty stub between uses
             yield name, parameter.detach() if whole is None else whole.view(shape)
@@ -151,7 +164,7 @@ class DeepSpeedBackend:
             with applied_to(self.module, averages):
                 yield self.module
             return
-        weights = averages.items() if averages is not None else self.full_parameters()
+        weights = self.full_parameters() if averages is None else [*self._frozen.items(), *averages.items()]
         whole = self._whole.to(self.engine.device, self.input_dtype)
         own = dict(whole.named_parameters())
         with torch.no_grad():
@@ -191,6 +204,9 @@ class DeepSpeedBackend:
         loaded, extra = self.engine.load_checkpoint(str(path), tag=STATE)
         if loaded is None:  # DeepSpeed's way to say that it found nothing
             raise InputError([f"{path}: DeepSpeed found no state in it"])
+        if self._frozen:
+            with safe_open(path / MODEL_FILE, framework="pt") as file:
+                self._frozen = {name: file.get_tensor(name) for name in self._frozen}
         return extra
 
 

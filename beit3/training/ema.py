@@ -14,13 +14,17 @@ from torch import Tensor, nn
 
 @contextmanager
 def applied_to(module: nn.Module, averages: Mapping[str, Tensor] | None) -> Iterator[None]:
-    """Inside, the module computes with the averages; afterwards with its own weights again. None: nothing is done."""
+    """Inside, the module computes with the averages; afterwards with its own weights again. None: nothing is done.
+
+    Parameters without an average, which are the frozen ones, are the same in both.
+    """
     own = {}
     if averages is not None:
         with torch.no_grad():
             for name, parameter in module.named_parameters():
-                own[name] = parameter.detach().clone()
-                parameter.copy_(averages[name])
+                if name in averages:
+                    own[name] = parameter.detach().clone()
+                    parameter.copy_(averages[name])
     try:
         yield
     finally:
@@ -31,7 +35,7 @@ def applied_to(module: nn.Module, averages: Mapping[str, Tensor] | None) -> Iter
 
 
 class ModelEma:
-    """Averages of named parameters.
+    """Averages of named parameters; those that are frozen need none.
 
     Attributes:
         averages: {name: fp32 tensor}, on the parameters' device or on the CPU.
@@ -47,8 +51,8 @@ class ModelEma:
 
     @torch.no_grad()
     def update(self, parameters: Iterable[tuple[str, Tensor]]) -> None:
-        """Args: parameters: fp32 (name, tensor) pairs, the names of the start in any order."""
-        new = {name: tensor.detach() for name, tensor in parameters}
+        """Args: parameters: fp32 (name, tensor) pairs, the names of the start in any order; others are passed over."""
+        new = {name: tensor.detach() for name, tensor in parameters if name in self.averages}
         averages = [self.averages[name] for name in new]
         values = [
             tensor.to(average.device, torch.float32) for tensor, average in zip(new.values(), averages, strict=True)

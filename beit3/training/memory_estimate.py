@@ -81,6 +81,8 @@ def training_demand(
     zero: bool = False,
     world_size: int = 1,
     average: bool = False,
+    trained: int | None = None,
+    layers_below: int = 0,
 ) -> Demand:
     """What a training step takes.
 
@@ -90,17 +92,22 @@ def training_demand(
         text_tokens: of all texts of a picture, at most. output_values: of the model's output, for a picture.
         causal_text: as the encoder is called.
         zero: DeepSpeed, at `settings.zero_stage`. average: whether an average of the weights is kept on the device.
+        trained: of the parameters, those that are not frozen; None: all. layers_below: the layers below the lowest of
+            these, which keep nothing for a backward pass. What frozen parameters above it save is not counted: little,
+            but where pictures do not see texts (`causal_text`) and are frozen, two thirds of the activations.
     """
     size = 4 if settings.precision == "fp32" else 2
+    trained = num_parameters if trained is None else trained
+    layers = config.layers - layers_below
     weights, gradients, optimizer = (_of_deepspeed if zero else _of_pytorch)(
-        config, num_parameters, settings, world_size
+        config, num_parameters, settings, world_size, trained, layers
     )
     return Demand(
         weights,
         gradients,
         optimizer,
-        4.0 * num_parameters if average else 0.0,
-        _activations(config, size, device, text_tokens, size == 2 and not zero, causal_text)
+        4.0 * trained if average else 0.0,
+        _activations(config, layers, size, device, text_tokens, size == 2 and not zero, causal_text)
         # Captioning's loss keeps log-probabilities in fp32. Their gradient takes twice as much, while all the rest is
         # still kept. VQAv2 has so few answers that its loss does not matter.
         + 3 * 4 * output_values,
@@ -109,44 +116,50 @@ def training_demand(
 
 
 def _of_pytorch(
-    config: EncoderConfig, parameters: int, settings: BackendSettings, world_size: int
+    config: EncoderConfig, parameters: int, settings: BackendSettings, world_size: int, trained: int, layers: int
 ) -> tuple[float, float, float]:
-    """Weights, gradients, optimizer: fp32; AdamW has two more values for each."""
+    """Weights, gradients, optimizer: fp32; AdamW has two more values for each that is trained.
+
+    layers: those with a backward pass.
+    """
     # Autocast keeps what it made of the weights until the backward pass is over; tables are read as they are.
-    copies = 4 * _joint_projections(config)
+    copies = 4 * _joint_projections(config, layers)
     if settings.precision != "fp32":
         tables = (config.vocab_size + TEXT_POSITIONS + config.patches) * config.width
-        copies = 2 * (parameters - tables)
-    buckets = 4 * parameters if world_size > 1 else 0  # of DistributedDataParallel
-    return 4.0 * parameters + copies, 4.0 * parameters + buckets, 8.0 * parameters
+        below = (config.layers - layers) * 2 * 12 * config.width**2  # of two experts: attention 4, the rest 8
+        copies = 2 * (parameters - tables - below)
+    buckets = 4 * trained if world_size > 1 else 0  # of DistributedDataParallel
+    return 4.0 * parameters + copies, 4.0 * trained + buckets, 8.0 * trained
 
 
 def _of_deepspeed(
-    config: EncoderConfig, parameters: int, settings: BackendSettings, world_size: int
+    config: EncoderConfig, parameters: int, settings: BackendSettings, world_size: int, trained: int, layers: int
 ) -> tuple[float, float, float]:
     """The same in DeepSpeed 0.19: half-precision weights have fp32 ones beside them, ZeRO shares among processes."""
     stage, size = settings.zero_stage, 4 if settings.precision == "fp32" else 2
-    share = parameters / world_size
-    weights = size * (share if stage == 3 else parameters) + size * _joint_projections(config)
-    gradients = float(size * (share if stage >= 2 else parameters))
+    share = trained / world_size
+    weights = size * (parameters / world_size if stage == 3 else parameters) + size * _joint_projections(config, layers)
+    gradients = float(size * (share if stage >= 2 else trained))
     if stage >= 1:
         # Those of the own part as the optimizer wants them, and what is under way.
-        gradients += 4 * share + size * min(BUCKET, parameters)
+        gradients += 4 * share + size * min(BUCKET, trained)
     if stage <= 1 and size == 2:
-        gradients += 4 * parameters  # summed in fp32
+        gradients += 4 * trained  # summed in fp32
     states = 8 if stage == 0 and size == 4 else 12  # fp32 weights of the own part, and AdamW's two values
-    return float(weights), gradients, states * (parameters if stage == 0 else share)
+    return float(weights), gradients, states * (trained if stage == 0 else share)
 
 
-def _joint_projections(config: EncoderConfig) -> int:
-    """Values of the matrices that each forward pass makes of q, k and v."""
-    return 2 * config.layers * 3 * config.width**2
+def _joint_projections(config: EncoderConfig, layers: int) -> int:
+    """Values of the matrices that each forward pass makes of q, k and v of these layers, and keeps."""
+    return 2 * layers * 3 * config.width**2
 
 
 def _activations(
-    config: EncoderConfig, size: int, device: str, text_tokens: int, autocast: bool, causal_text: bool
+    config: EncoderConfig, layers: int, size: int, device: str, text_tokens: int, autocast: bool, causal_text: bool
 ) -> float:
-    """What the encoder keeps of a picture and its texts for the backward pass."""
+    """What the encoder's upper `layers` keep of a picture and its texts for the backward pass."""
+    if layers == 0:
+        return 0.0
     tokens = config.patches + 1 + text_tokens
     # On a GPU autocast computes norms in fp32, and keeps a copy of what goes into them.
     norm_input = 4 if autocast and device == "cuda" else size
@@ -157,6 +170,6 @@ def _activations(
         per_token += 2 * size if causal_text else 0  # keys and values of both modalities for the text
     whole = config.width * tokens * per_token
     if config.recompute_activations:
-        return config.layers * config.width * tokens * size + whole
+        return layers * config.width * tokens * size + whole
     # The last layer computes a few positions only: its input, norm, keys and values are all there is.
-    return (config.layers - 1) * whole + 4 * size * config.width * tokens
+    return (layers - 1) * whole + 4 * size * config.width * tokens
