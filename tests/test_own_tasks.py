@@ -254,3 +254,12 @@ def test_weights_in_an_index_are_numbers_of_at_least_0(tmp_path, data):
     (tmp_path / "vqa.train.jsonl").write_text("\n".join(written))
     with pytest.raises(InputError, match=r"vqa.train.jsonl:1: weight: a number of at least 0 expected, found -1"):
         VQADataset(tmp_path, "train", EvalTransform(64), vocab_size=512, num_answers=5, image_path=data / "Fotos")
+
+
+def test_rows_that_say_scores_and_no_votes_are_worth_these():
+    worth = {"red": 0.3, "rot": 1.0}
+    assert [row_score(said, {"rot": 1, "red": 1}, False, worth) for said in ("red", "rot", "blue")] == [0.3, 1.0, 0.0]
+    assert row_score("The Red", {"red": 1}, True, {"red": 0.6}) == 0.6
+    report = report_on(["red", "no"], ["What?", "Is it?"], [{"rot": 1, "red": 1}, {"no": 1}], False, [worth, None])
+    assert (report["score"], report["exact_match"]) == (pytest.approx(65), 100)
+    assert report["commonest_answer"] == {"answer": "rot", "score": pytest.approx(50)}

@@ -14,11 +14,16 @@ from tasks.vqav2.own_index import Votes, counted, given_most, soft_score
 OFFICIAL_PEOPLE = 10  # the official accuracy means something where so many answered
 BEGINNING = 2  # words of a question that it is grouped by
 MOST_GROUPS = 20
+Worth = Mapping[str, float]
 _NUMBER = re.compile(r"[-+]?\d+([.,:]\d+)*")
 
 
-def row_score(answer: str, votes: Votes, normalize: bool) -> float:
-    """Soft score in [0, 1] of one answer; votes: how many gave which."""
+def row_score(answer: str, votes: Votes, normalize: bool, worth: Worth | None = None) -> float:
+    """Soft score in [0, 1] of one answer; votes: how many gave which. worth: answer → score, where the row says the
+    scores themselves and no votes."""
+    if worth is not None:
+        form = normalize_word if normalize else str
+        return max((score for each, score in worth.items() if form(each) == form(answer)), default=0.0)
     forms = counted(votes, normalize)
     votes_for = forms.get(normalize_word(answer) if normalize else answer, 0)
     return soft_score(votes_for, sum(forms.values())) if votes_for else 0.0
@@ -38,10 +43,20 @@ def beginning(question: str) -> str:
     return " ".join(question.lower().split()[:BEGINNING])
 
 
+def _scores(answers: Sequence[str], known: Sequence[tuple[Votes, Worth | None]], normalize: bool) -> list[float]:
+    return [row_score(answer, votes, normalize, worth) for answer, (votes, worth) in zip(answers, known, strict=True)]
+
+
 def report_on(
-    predicted: Sequence[str], questions: Sequence[str], votes: Sequence[Votes], normalize: bool
+    predicted: Sequence[str],
+    questions: Sequence[str],
+    votes: Sequence[Votes],
+    normalize: bool,
+    worth: Sequence[Worth | None] | None = None,
 ) -> dict[str, Any]:
     """The scores of answers to questions whose right answers are known, percentages in [0, 100].
+
+    votes, worth: of each question, see `row_score`.
 
     `score`: mean soft score. `exact_match`: share of answers that somebody gave. `by_answer_type`,
     `by_question_beginning` (the most frequent ones): mean soft scores. `macro_average`: the mean over right answers of
@@ -50,7 +65,8 @@ def report_on(
     `official_vqa_accuracy` with `questions_of_ten_people`: by the official formula, of the questions that ten or more
     people answered, where there are any.
     """
-    scores = [row_score(answer, given, normalize) for answer, given in zip(predicted, votes, strict=True)]
+    known = list(zip(votes, worth or [None] * len(votes), strict=True))
+    scores = _scores(predicted, known, normalize)
     right = [given_most(given)[0] for given in votes]
     exact = [is_exact(answer, list(given)) for answer, given in zip(predicted, votes, strict=True)]
     starts = [beginning(question) for question in questions]
@@ -71,11 +87,9 @@ def report_on(
         },
         "commonest_answer": {
             "answer": common,
-            "score": _percent([row_score(common, given, normalize) for given in votes]),
+            "score": _percent(_scores([common] * len(known), known, normalize)),
         },
-        "commonest_by_question": {
-            "score": _percent([row_score(g, given, normalize) for g, given in zip(guesses, votes, strict=True)])
-        },
+        "commonest_by_question": {"score": _percent(_scores(guesses, known, normalize))},
     }
     ten = [n for n, given in enumerate(votes) if sum(given.values()) >= OFFICIAL_PEOPLE]
     if ten:

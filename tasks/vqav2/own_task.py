@@ -17,7 +17,7 @@ from tasks.calibration import fit
 from tasks.vqav2.index import DESCRIPTION
 from tasks.vqav2.own_dataset import VQADataset
 from tasks.vqav2.own_index import Votes
-from tasks.vqav2.own_scores import report_lines, report_on, row_score
+from tasks.vqav2.own_scores import Worth, report_lines, report_on, row_score
 from tasks.vqav2.task import VQAv2
 
 
@@ -53,7 +53,8 @@ class VQA(VQAv2):
     def predictions(self, columns: Columns, dataset: ImageTextDataset) -> Iterator[dict[str, Any]]:
         rows = columns["row"].tolist()
         for row, told in zip(rows, self.told(columns), strict=True):
-            said, best, votes = self._said(dataset, row), told[0], self._votes(dataset, row)
+            said, best = self._said(dataset, row), told[0]
+            votes, worth = self._votes(dataset, row), self._worth(dataset, row)
             entry = {
                 "question_id": said.get("question_id", int(dataset.table["qid"][row])),
                 "image": dataset.table["image_path"][row],
@@ -63,8 +64,9 @@ class VQA(VQAv2):
                 "top": [{"answer": each.text, "confidence": round(each.confidence, 6)} for each in told],
             }
             if votes:
-                entry["right_answers"] = {answer: row_score(answer, votes, self.normalize) for answer in votes}
-                entry["score"] = row_score(best.text, votes, self.normalize)
+                score_of = functools.partial(row_score, votes=votes, normalize=self.normalize, worth=worth)
+                entry["right_answers"] = {answer: score_of(answer) for answer in votes}
+                entry["score"] = score_of(best.text)
             yield entry
 
     def score(self, columns: Columns, dataset: ImageTextDataset, split: str, final: bool) -> Scores:
@@ -78,7 +80,8 @@ class VQA(VQAv2):
             return Scores()
         predicted = [self.answers[label] for _, label, _ in known]
         questions = [self._question(dataset, row) for row, _, _ in known]
-        report = report_on(predicted, questions, [votes for _, _, votes in known], self.normalize)
+        worth = [self._worth(dataset, row) for row, _, _ in known]
+        report = report_on(predicted, questions, [votes for _, _, votes in known], self.normalize, worth)
         metrics = {name: report[name] for name in ("score", "exact_match", "macro_average")}
         calibration = None
         if not final and "logits" in columns and len(known) == len(columns["row"]):
@@ -108,8 +111,17 @@ class VQA(VQAv2):
         return asked if isinstance(asked, str) else self.tokenizer.decode(dataset.table["text_segment"][row].tolist())
 
     def _votes(self, dataset: Any, row: int) -> Votes:
-        """Answer → how many gave it; of an index that does not say it, its labels. Empty where nothing is known."""
+        """Answer → how many gave it; of an index that does not say it, its labels, the best first. Empty where nothing
+        is known."""
+        worth = self._worth(dataset, row)
+        if worth is None:
+            return self._said(dataset, row)["answers"]
+        return dict.fromkeys(sorted(worth, key=lambda answer: -worth[answer]), 1)
+
+    def _worth(self, dataset: Any, row: int) -> Worth | None:
+        """Answer → score in [0, 1], of an index that does not say who gave which; None where it does."""
         given = self._said(dataset, row).get("answers")
         if isinstance(given, dict) and all(type(count) is int and count > 0 for count in given.values()):
-            return given
-        return {self.data_answers[label]: 1 for label in dataset.table["labels"][row].tolist()}
+            return None
+        labels, scores = dataset.table["labels"][row].tolist(), dataset.table["scores"][row].tolist()
+        return {self.data_answers[n]: round(score, 6) for n, score in zip(labels, scores, strict=True) if score > 0}
