@@ -123,6 +123,7 @@ is_own_data() {
     [ -n "${DATA_PATH:-}" ] && [ -z "${TASK:-}" ] && [ ! -e "$DATA_PATH/vqa.rest_val.jsonl" ] || return 1
     compgen -G "$DATA_PATH/metadata.*" > /dev/null || compgen -G "$DATA_PATH/train.*" > /dev/null ||
         compgen -G "$DATA_PATH/train-*.parquet" > /dev/null || compgen -G "$DATA_PATH/train/metadata.*" > /dev/null ||
+        compgen -G "$DATA_PATH/data/train-*.parquet" > /dev/null ||
         [ -e "$DATA_PATH/vqa.train.jsonl" ] || [ -e "$DATA_PATH/captioning.train.jsonl" ]
 }
 

@@ -5,6 +5,7 @@ import io
 import json
 import re
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -14,16 +15,16 @@ from beit3.data.tokenizer import Tokenizer
 from datasets import CaptionDataset, VQADataset
 from runs.command_line import read_settings
 from sources.columns import NAMES
-from sources.opening import open_source
+from sources.opening import open_source, sources_here
 from sources.rows import SPLIT_OF, Reading, Row
 from tasks.base import make_task
 from tasks.make_index import main as make_index
 from tasks.own_data import main as own_data
 from tasks.recipe_by_size import plan
 from tests.own_data import SPM, lines, make_picture
-from tests.test_docs import fences
+from tests.test_docs import ROOT, fences
 
-PAGE = (Path(__file__).parent.parent / "docs" / "DATA.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "DATA.md").read_text(encoding="utf-8")
 # Name of a file, which the paragraph before it says last → the content of its block.
 BLOCK = re.compile(r"\n\n(?P<before>[^\n].*?)\n\n```(?:csv|jsonl?)\n(?P<content>.*?)```", re.DOTALL)
 NAME = re.compile(r"`([\w.]+\.(?:csv|jsonl?))`")
@@ -179,3 +180,21 @@ def test_mistakes_are_told_as_the_page_shows(tmp_path, monkeypatch, capsys):
         status = status or make_index("vqa", ".", str(SPM), "photos", "--train", "vqa.csv")
         assert (status, capsys.readouterr().err) == (2, block)
         assert not Path("vqa.train.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "metadata.jsonl",
+        "train/metadata.csv",
+        "train.csv",
+        "train-00000-of-00002.parquet",
+        "data/train-00000-of-00002.parquet",
+    ],
+)
+def test_a_folder_as_the_page_shows_is_taken_for_own_data(name, tmp_path):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).touch()
+    program = f"source scripts/environment.sh; DATA_PATH={tmp_path} is_own_data"
+    assert subprocess.run(["bash", "-c", program], cwd=ROOT, timeout=60, check=False).returncode == 0
+    assert sources_here(tmp_path)
