@@ -298,6 +298,7 @@ def test_pictures_are_not_mirrored_where_rows_say_left_or_right(table, capsys):
         ["a.png", QUESTION, "the LEFT one"],
         ["b.png", "Is it on the right?", "no"],
         ["c.png", QUESTION, "leftover"],
+        ["e.png", QUESTION, "no"],
     ]
     folder = table(
         [[*row, "train"] for row in rows] + [["d.png", "Left?", "no", "val"]], ["image", "question", "answer", "split"]
