@@ -92,7 +92,9 @@ def our_answers(task: VQAv2, dataset: QuestionDataset, model: nn.Module, batch: 
 
 
 @torch.no_grad()
-def peer_answers(task: VQAv2, dataset: QuestionDataset, model: nn.Module, batch: int, device: torch.device) -> list[str]:
+def peer_answers(
+    task: VQAv2, dataset: QuestionDataset, model: nn.Module, batch: int, device: torch.device
+) -> list[str]:
     """Pillow and floats for the pictures, texts filled up, an answer read from the device after each batch."""
     answers = []
     for start in range(0, len(dataset), batch):

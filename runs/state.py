@@ -44,7 +44,7 @@ from tasks.base import Task
 logger = logging.getLogger(__name__)
 
 # Flags that decide steps and came later, with the value that says what runs did before; "--flag" → value.
-CAME_LATER = {"--new_head": False, "--freeze": ""}
+CAME_LATER = {"--new_head": False, "--freeze": "", "--mirror": True}
 STEPS_VERSION = "version of the task's steps"  # in a fingerprint's recipe
 HEAD = "meaning of the head"  # in a fingerprint's data, since 2026-11; earlier ones say nothing of it
 

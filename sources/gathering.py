@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -23,6 +24,7 @@ from sources.settings import SourceSettings, chosen
 
 UNPACKED = "pictures"  # folder beside the index for pictures that a source holds itself
 GIGABYTE = 1e9
+_SIDES = re.compile(r"\b(left|right|links|rechts|gauche|droite|izquierda|derecha)\b", re.IGNORECASE)
 
 Pictured = tuple[Row, str]  # a row and its picture, as a path from the folder of pictures
 
@@ -97,13 +99,21 @@ class Gathered:
     def splits(self) -> list[str]:
         return [split for split in SPLITS if self.rows[split]]
 
+    def sides(self) -> int:
+        """Training rows that say left or right: mirrored pictures would teach them wrong."""
+        return sum(
+            any(_SIDES.search(text) for text in (row.question or "", *(row.answers or ()), *row.captions))
+            for row, _ in self.rows[TRAIN]
+        )
+
     def table(self) -> Path:
         """The file to name where a mistake is one of all rows together."""
         return self.sources[TRAIN].files[0]
 
     def describe(self, data: Path, version: int, files: Mapping[str, Any], settings: Any, **more: Any) -> str:
         """The text of the index's description, see `describe_index`."""
-        return describe_index(data, version, files, self.files, {}, chosen=chosen(settings), **more)
+        said = {"chosen": chosen(settings), "sides": self.sides(), **more}
+        return describe_index(data, version, files, self.files, {}, **said)
 
 
 @contextmanager

@@ -143,9 +143,7 @@ def _open_candidate(candidate: _Candidate, columns: Mapping[str, str], asks: boo
     [path] = candidate.files
     if not candidate.prefix:
         return _open_file(path, columns, asks)
-    source = _table(path, columns, f"{candidate.prefix}/", asks)
-    source.pictures_from = path.parent.parent
-    return source
+    return _table(path, columns, f"{candidate.prefix}/", asks, path.parent.parent)
 
 
 def _open_file(path: Path, columns: Mapping[str, str], asks: bool | None) -> Source:
@@ -183,10 +181,15 @@ def _open_pair(*names: str) -> Source:
     )
 
 
-def _table(path: Path, columns: Mapping[str, str], prefix: str, asks: bool | None) -> Source:
+def _table(
+    path: Path, columns: Mapping[str, str], prefix: str, asks: bool | None, pictures_from: Path | None = None
+) -> Source:
     from sources.tables import TableSource
 
-    return TableSource(path, columns, prefix, asks)
+    source = TableSource(path, columns, prefix, asks)
+    if pictures_from is not None:
+        source.pictures_from = pictures_from
+    return source
 
 
 def _table_endings() -> tuple[str, ...]:

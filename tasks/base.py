@@ -98,7 +98,7 @@ class Task(abc.ABC):
         data = self.data
         if not training:
             return EvalTransform(data.input_size)
-        return TrainTransform(data.input_size, data.train_interpolation, data.randaug, data.crop_scale)
+        return TrainTransform(data.input_size, data.train_interpolation, data.randaug, data.crop_scale, data.mirror)
 
     def model_options(self, state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
         """Keyword arguments of the model beside the common ones, given the weights that will be loaded into it."""

@@ -13,13 +13,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from beit3.data.index_description import said_of
 from beit3.data.tokenizer import Tokenizer
 from beit3.model.description import about, answers_at_once
 from beit3.system.errors import InputError
 
 STEPS = 1500  # of a training from pre-trained weights, where the rows are few
-STEPS_FROM_SCRATCH = 800
-PAIRS_FROM_SCRATCH = 64
+STEPS_FROM_SCRATCH = 750
+PAIRS_FROM_SCRATCH = 32
 # Up to so many rows → pairs per step; more take as many as published.
 PAIRS = ((1_000, 16), (5_000, 32), (50_000, 64))
 MOST_PAIRS = 128
@@ -62,7 +63,11 @@ def main(task: str, data_path: str, finetune: str, spm: str, *flags: str) -> int
         file=sys.stderr,
     )
     print(made.pairs)
-    print(f"--epochs {made.epochs} --warmup_steps {made.warmup_steps} --vocab_size {_vocabulary(finetune, spm)}")
+    sides = said_of(Path(data_path), f"{task}.index.json", "sides", 0)
+    if sides:
+        print(f"{sides} rows say left or right, so pictures are not mirrored: --no_mirror", file=sys.stderr)
+    vocabulary = f"--vocab_size {_vocabulary(finetune, spm)}"
+    print(f"--epochs {made.epochs} --warmup_steps {made.warmup_steps} {vocabulary}{' --no_mirror' * bool(sides)}")
     return 0
 
 

@@ -56,6 +56,12 @@ class DataSettings:
         at_most=1,
         decides_steps=True,
     )
+    mirror: bool = flag(
+        True,
+        "mirror half of the training pictures, left for right",
+        no="for questions and captions that say left or right",
+        decides_steps=True,
+    )
     skip_bad_images: bool = flag(
         False,
         "train on another row where a picture cannot be read, the same one each time; evaluation never does",

@@ -176,6 +176,14 @@ def test_seed_epoch_and_row_each_change_the_picture(picture):
     assert len(results) == 4
 
 
+def test_without_mirror_a_picture_is_the_same_but_for_its_flip(picture):
+    usual, never = TrainTransform(48), TrainTransform(48, mirror=False)
+    pairs = [(usual(picture, (0, 0, row)), never(picture, (0, 0, row))) for row in range(12)]
+    different = [pair for pair in pairs if not torch.equal(*pair)]
+    assert 0 < len(different) < 12
+    assert all(torch.equal(one.flip(-1), other) for one, other in different)
+
+
 def test_global_random_states_are_neither_used_nor_changed(picture):
     transform = TrainTransform(48, randaug=True)
     np.random.seed(0)

@@ -11,6 +11,7 @@ from datasets import CaptionDataset, VQADataset
 from sources.pictures import choose_pictures, same_content
 from tasks.make_index import main as make_index
 from tasks.own_data import told
+from tasks.recipe_by_size import main as recipe_by_size
 from tasks.recipe_by_size import plan
 from tasks.vqav2.own_index import soft_score
 from tests.own_data import SPM, album, lines, make_picture, write_csv
@@ -283,10 +284,32 @@ def test_pictures_in_parquet_are_unpacked_once(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("rows", "scratch", "pairs", "epochs"),
-    [(810, False, 16, 30), (3000, False, 32, 17), (400_000, False, 128, 10), (810, True, 64, 67), (10, True, 10, 100)],
+    [(810, False, 16, 30), (3000, False, 32, 17), (400_000, False, 128, 10), (810, True, 32, 30), (10, True, 10, 100)],
 )
 def test_few_rows_want_small_steps_and_many_passes(rows, scratch, pairs, epochs):
     planned = plan(rows, scratch)
     assert (planned.pairs, planned.epochs) == (pairs, epochs)
     assert planned.warmup_steps == max(1, round(0.1 * epochs * (rows // pairs)))
     assert plan(rows, scratch, epochs=2).epochs == 2
+
+
+def test_pictures_are_not_mirrored_where_rows_say_left_or_right(table, capsys):
+    rows = [
+        ["a.png", QUESTION, "the LEFT one"],
+        ["b.png", "Is it on the right?", "no"],
+        ["c.png", QUESTION, "leftover"],
+        ["e.png", QUESTION, "no"],
+    ]
+    folder = table(
+        [[*row, "train"] for row in rows] + [["d.png", "Left?", "no", "val"]], ["image", "question", "answer", "split"]
+    )
+    make(folder)
+    capsys.readouterr()
+    assert recipe_by_size("vqa", str(folder), "", str(SPM)) == 0
+    flags, told_why = capsys.readouterr()
+    assert "2 rows say left or right" in told_why and flags.endswith(" --no_mirror\n")
+    table([["a.png", QUESTION, "red", "train"], ["b.png", QUESTION, "no", "train"], ["d.png", QUESTION, "no", "val"]],
+          ["image", "question", "answer", "split"])  # fmt: skip
+    make(folder)
+    assert recipe_by_size("vqa", str(folder), "", str(SPM), "--epochs", "7") == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("--epochs 7 --warmup_steps 1 --vocab_size ")

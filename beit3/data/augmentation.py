@@ -68,7 +68,7 @@ class EvalTransform:
 
 @dataclass(frozen=True)
 class TrainTransform:
-    """Random resized crop, horizontal flip with probability 0.5 and, with `randaug`, RandAugment.
+    """Random resized crop, with `mirror` horizontal flip with probability 0.5, and with `randaug` RandAugment.
 
     The crop keeps a share of the picture's area within `crop_scale`.
     """
@@ -77,6 +77,7 @@ class TrainTransform:
     interpolation: str = "bicubic"
     randaug: bool = False
     crop_scale: tuple[float, float] = CROP_SCALE
+    mirror: bool = True
 
     def __post_init__(self) -> None:
         if self.interpolation not in INTERPOLATIONS:
@@ -97,7 +98,7 @@ class TrainTransform:
         if interpolation == "random":
             interpolation = ("bicubic", "bilinear")[rng.integers(2)]
         resized = resize(image[:, top : top + height, left : left + width], self.size, interpolation)
-        if rng.random() < 0.5:
+        if rng.random() < 0.5 and self.mirror:
             resized = resized.flip(-1)
         if self.randaug:
             resized = torch.from_numpy(rand_augment(resized.numpy(), rng))
