@@ -38,6 +38,9 @@ if is_own_data "$@"; then
     own=$(run_module tasks.own_data "${DATA_PATH:-}" "${TASK:-}" "${IMAGE_PATH:-}" "$@")
     { read -r TASK && read -r DATA_PATH && read -r IMAGE_PATH; } <<< "$own"
 fi
+if [ -z "$own${TASK:-}" ] && [ -n "${DATA_PATH:-}" ] && [ ! -e "$DATA_PATH/vqa" ] && [ ! -e "$DATA_PATH/vqa.train.jsonl" ]; then
+    echo "no table of your own data in $DATA_PATH (metadata.csv, train.csv and the like, docs/DATA.md): taking it for VQAv2"
+fi
 TASK=${TASK:-vqav2}
 if [ ! -f "$project/runs/recipes/$TASK.base.flags" ]; then
     echo "error: TASK=$TASK is not there yet; there are $(recipe_names)" >&2

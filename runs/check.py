@@ -45,7 +45,7 @@ def check(settings: Settings, process: utils.Process, stop: utils.StopSignal) ->
     train_set, val_set = task.dataset("train", training=True), task.dataset("val", training=False)
     problems = task.check_references("val", final=False)
     _tell("data", task.looked_at(train_set, val_set))
-    problems += _look_at_pictures(settings, {"training": train_set, "validation": val_set})
+    problems += _look_at_pictures(settings, train_set, {"validation": val_set, **_test_set(task)})
     stop.check()
     if not problems:  # the steps read pictures
         problems += _look_at_the_machine(settings, process, task, train_set, val_set)
@@ -63,11 +63,22 @@ def _tell(title: str, lines: Any) -> None:
         logger.info("  %s", line)
 
 
-def _look_at_pictures(settings: Settings, datasets: dict[str, ImageTextDataset]) -> list[str]:
+def _test_set(task: Task) -> dict[str, ImageTextDataset]:
+    """The test rows, where they are there."""
+    try:
+        return {"test": task.dataset("test", training=False)}
+    except InputError:
+        return {}
+
+
+def _look_at_pictures(
+    settings: Settings, train_set: ImageTextDataset, others: dict[str, ImageTextDataset]
+) -> list[str]:
     """Tell which pictures are the same; returns those that cannot be read or are over the limits."""
     root = Path(settings.data.image_path or settings.data.data_path)
-    paths = {what: dataset.image_paths() for what, dataset in datasets.items()}
-    every = sorted({path for each in paths.values() for path in each})
+    train_paths = train_set.image_paths()
+    paths = {what: dataset.image_paths() for what, dataset in others.items()}
+    every = sorted({path for each in (train_paths, *paths.values()) for path in each})
     unreadable = screen_images(every, root)
     first = same_content(root, every)
     double = {path: other for path, other in first.items() if path != other}
@@ -75,14 +86,13 @@ def _look_at_pictures(settings: Settings, datasets: dict[str, ImageTextDataset])
     if double:
         shown = "; ".join(f"{path} is {other}" for path, other in itertools.islice(double.items(), SHOWN))
         lines.append(f"{len(double)} have the content of another: {printable(shown)}" + _more(len(double)))
-    learned = {first[path] for path in paths["training"]}
-    shared = [path for path in paths["validation"] if first[path] in learned]
-    if shared:
-        shown = ", ".join(shared[:SHOWN])
-        lines.append(
-            f"{len(shared)} of validation are in training too, so its score says too much: {printable(shown)}"
-            + _more(len(shared))
-        )
+    learned = {first[path] for path in train_paths}
+    for what, its_paths in paths.items():
+        if shared := [path for path in its_paths if first[path] in learned]:
+            shown = printable(", ".join(shared[:SHOWN]))
+            lines.append(
+                f"{len(shared)} of {what} are in training too, so its score says too much: {shown}{_more(len(shared))}"
+            )
     _tell("pictures", lines)
     return unreadable
 

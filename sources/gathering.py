@@ -24,6 +24,7 @@ from sources.settings import SourceSettings, chosen
 
 UNPACKED = "pictures"  # folder beside the index for pictures that a source holds itself
 GIGABYTE = 1e9
+USUAL = 64  # `--num_max_bpe_tokens` where nobody says otherwise
 _SIDES = re.compile(r"\b(left|right|links|rechts|gauche|droite|izquierda|derecha)\b", re.IGNORECASE)
 
 Pictured = tuple[Row, str]  # a row and its picture, as a path from the folder of pictures
@@ -73,6 +74,22 @@ def _opened(split: str, name: str, columns: Mapping[str, str], asks: bool | None
 def home_of(sources: Mapping[str, Source]) -> Path:
     """The folder beside the training table, where its index goes when nobody says otherwise."""
     return sources[TRAIN].pictures_from
+
+
+@contextmanager
+def folder_for(data: Path) -> Iterator[None]:
+    """Make the folder of an index; one that was not there before is taken away again where the block fails."""
+    new = not data.exists()
+    try:
+        data.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{data}: cannot be made ({error.strerror}); name another folder: DATA_PATH=…") from error
+    try:
+        yield
+    except BaseException:
+        if new and not any(data.iterdir()):
+            data.rmdir()
+        raise
 
 
 @dataclass
@@ -237,14 +254,17 @@ class Lengths:
     longest: int = 0
     texts: int = 0
     tokens: int = 0
+    long: int = 0
 
     def add(self, length: int) -> None:
+        length += 2  # at the ends, which the model wants
         self.longest, self.texts, self.tokens = max(self.longest, length), self.texts + 1, self.tokens + length
+        self.long += length > USUAL
 
     def line(self) -> str:
-        """The two tokens at the ends, which the model wants, are counted."""
-        mean = self.tokens / max(self.texts, 1) + 2
-        return f"  texts have {mean:.1f} tokens, the longest {self.longest + 2}; --num_max_bpe_tokens cuts longer ones"
+        """A line for people."""
+        cut = f"; {self.long} have more than {USUAL}, beyond which --num_max_bpe_tokens cuts" if self.long else ""
+        return f"texts have {self.tokens / max(self.texts, 1):.1f} tokens, the longest {self.longest}{cut}"
 
 
 # Making again

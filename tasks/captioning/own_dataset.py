@@ -15,7 +15,7 @@ from torch import Tensor
 from beit3.data.image_text import Item
 from beit3.data.index_table import Field, FloatField
 from beit3.system.flags import checked
-from sources.gathering import home_of, sources_of
+from sources.gathering import folder_for, home_of, sources_of
 from sources.rows import SPLITS
 from tasks.captioning.dataset import CaptioningDataset, collate_captions
 from tasks.captioning.index import OWN
@@ -76,8 +76,8 @@ class CaptionDataset(CaptioningDataset):
         settings = checked(OwnCaptioningSettings, train=os.fspath(train), **named, **choices)
         sources = sources_of(settings, None, asks=False)
         data = home_of(sources) if data_path is None else Path(data_path)
-        data.mkdir(parents=True, exist_ok=True)
-        write_index(data, sources, settings, tokenizer, None if image_path is None else Path(image_path), progress)
+        with folder_for(data):
+            write_index(data, sources, settings, tokenizer, None if image_path is None else Path(image_path), progress)
 
 
 def _collate(items: Sequence[Item], num_max_bpe_tokens: int) -> dict[str, Tensor]:

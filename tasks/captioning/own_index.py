@@ -76,7 +76,7 @@ def write_index(
                 (data / name).unlink(missing_ok=True)
     kind = ", ".join(dict.fromkeys(source.kind for source in sources.values()))
     told_rows = [f"{index_file(OWN, split)}: {told_in_rows(made, split, 'rows of captions')}" for split in made.splits]
-    lines = [*told_rows, *summary_of_left_out(made.reading), lengths.line().strip()]
+    lines = [*told_rows, *summary_of_left_out(made.reading), lengths.line()]
     writing.print_summary(f"index of {kind} written to {data}", lines, tokens)
 
 

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from beit3.data.index_description import hash_of_file, make_unless_it_fits
 from beit3.system.errors import InputError
-from sources.gathering import fit_of, home_of, sources_of
+from sources.gathering import fit_of, folder_for, home_of, sources_of
 from sources.settings import SourceSettings
 from tasks.captioning.index import COCO, OWN, description_file, ground_truth_file, index_file
 from tasks.captioning.own_index import VERSION, write_index
@@ -50,12 +50,12 @@ class OwnCaptioningSettings(SourceSettings, CaptioningSettings):
                 raise
             return  # an index without its sources, made by hand perhaps
         files = [file for source in sources.values() for file in source.files]
-        data_path.mkdir(parents=True, exist_ok=True)
         asked = hash_of_file(tokenizer)
-        make_unless_it_fits(
-            data_path,
-            names,
-            lambda: fit_of(data_path, description_file(OWN), VERSION, self, files, asked),
-            lambda: write_index(data_path, sources, self, tokenizer, image_path or home_of(sources)),
-            files,
-        )
+        with folder_for(data_path):
+            make_unless_it_fits(
+                data_path,
+                names,
+                lambda: fit_of(data_path, description_file(OWN), VERSION, self, files, asked),
+                lambda: write_index(data_path, sources, self, tokenizer, image_path or home_of(sources)),
+                files,
+            )

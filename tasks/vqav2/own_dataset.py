@@ -16,7 +16,7 @@ from torch import Tensor
 from beit3.data.image_text import Item, Transform
 from beit3.data.index_table import Field, FloatField
 from beit3.system.flags import checked
-from sources.gathering import home_of, sources_of
+from sources.gathering import folder_for, home_of, sources_of
 from tasks.vqav2.dataset import QuestionDataset, collate_vqa
 from tasks.vqav2.own_index import write_index
 from tasks.vqav2.own_settings import SPLIT_FILES, VQASettings
@@ -105,8 +105,8 @@ class VQADataset(QuestionDataset):
         settings = checked(VQASettings, train=os.fspath(train), **named, **choices)
         sources = sources_of(settings, None, asks=True)
         data = home_of(sources) if data_path is None else Path(data_path)
-        data.mkdir(parents=True, exist_ok=True)
-        write_index(data, sources, settings, tokenizer, None if image_path is None else Path(image_path), progress)
+        with folder_for(data):
+            write_index(data, sources, settings, tokenizer, None if image_path is None else Path(image_path), progress)
 
 
 def _collate(items: Sequence[Item], num_answers: int, num_max_bpe_tokens: int) -> dict[str, Tensor]:

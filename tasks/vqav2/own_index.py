@@ -169,6 +169,7 @@ class _Lines:
         self.made, self.split, self.normalize, self.lengths = made, split, normalize, lengths
         self.label_of = {answer: label for label, answer in enumerate(answers)}
         self.encode, self.tokens = encode, tokens
+        self.covered = 0  # rows of which an answer is in the list
         self.known, self.reached = 0, 0.0  # rows with answers; the best score that the list allows, summed over them
 
     def __iter__(self) -> Iterator[str]:
@@ -198,6 +199,7 @@ class _Lines:
         if row.answers is not None:
             self.known += 1
             self.reached += max(labels.values(), default=0.0)
+            self.covered += bool(labels)
         if self.split == TRAIN and not labels:
             why = "no answer of theirs is in the list" if row.answers else "they have no answer"
             self.made.reading.leave_out(why, self.made.table(), row.place)
@@ -219,9 +221,12 @@ class _Lines:
             said["answers"] = dict(row.answers)
         return ", " + json.dumps(said)[1:-1]
 
-    def coverage(self) -> float | None:
-        """The best score, 0-100, that a model with these answers can have; None where the answers are not known."""
-        return 100 * self.reached / self.known if self.known else None
+    def coverage(self) -> str:
+        """For people: of how many questions the list has an answer, and what score that allows at most."""
+        if not self.known:
+            return ""
+        share, best = (100 * part / self.known for part in (self.covered, self.reached))
+        return f"; the list has an answer of {share:.1f} % of them, which allows a score of {best:.1f}"
 
 
 def _numbers(rows: Iterable[Row]) -> Iterator[int]:
@@ -236,15 +241,14 @@ def _print_summary(
     data: Path,
     made: Gathered,
     answers: list[str],
-    covered: Mapping[str, float | None],
+    covered: Mapping[str, str],
     tokens: writing.TokenCount,
     lengths: Lengths,
     settings: Any,
 ) -> None:
     lines = []
     for split in made.splits:
-        share = "" if covered[split] is None else f"; the answers in the list allow a score of {covered[split]:.1f}"
-        lines.append(f"{index_file(split)}: {told_in_rows(made, split, 'questions')}{share}")
+        lines.append(f"{index_file(split)}: {told_in_rows(made, split, 'questions')}{covered[split]}")
     lines += summary_of_left_out(made.reading)
     forms = Counter(map(normalize_word, answers))
     double = len(answers) - len(forms)
@@ -254,4 +258,4 @@ def _print_summary(
         lines.append(f"{double} answers differ from others in case or punctuation only ({alike}); --normalize_answers")
     kind = ", ".join(dict.fromkeys(source.kind for source in made.sources.values()))
     head = f"index of {kind} written to {data}: {len(answers)} answers in {ANSWER_FILE}"
-    writing.print_summary(head, [*lines, lengths.line().strip()], tokens)
+    writing.print_summary(head, [*lines, lengths.line()], tokens)
