@@ -63,7 +63,7 @@ def test_lines_are_those_worked_out_by_hand(table, capsys):
             "question": QUESTION, "question_id": 13, "answers": {"blue": 1, "grün": 1},
         }
     ]  # fmt: skip
-    assert "vqa.val.jsonl: 1 questions of 1 pictures; the answers in the list allow a score of 100.0" in said
+    assert "vqa.val.jsonl: 1 questions of 1 pictures; the list has an answer of 100.0 % of them, which allows a" in said
     assert not (folder / "vqa.test.jsonl").exists()
 
 
@@ -130,7 +130,7 @@ def test_answers_are_chosen_by_count_number_and_file(table, tmp_path, capsys):
     assert answers() == ["red"]
     # The answers of validation are kept, so a score below 100 shows what the list cannot say.
     assert lines(folder / "vqa.val.jsonl")[0]["labels"] == []
-    assert "allow a score of 0.0" in capsys.readouterr().out
+    assert "an answer of 0.0 % of them, which allows a score of 0.0" in capsys.readouterr().out
     (tmp_path / "list.txt").write_text("blue\ngreen\n")
     make(folder, answers=tmp_path / "list.txt")
     assert answers() == ["blue", "green"]

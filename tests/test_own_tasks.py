@@ -172,6 +172,8 @@ def test_the_report_is_what_is_worked_out_by_hand():
     assert report["by_question_beginning"] == pytest.approx({"what colour": 100.0, "how many?": 0.0, "is it": 95.0})
     assert report["macro_average"] == pytest.approx(100 * (1.0 + 0.0 + 1.0 + 0.9) / 4)  # red, 2, yes, no
     assert report["commonest_answer"] == {"answer": "red", "score": pytest.approx(40)}
+    # Of "is it" one says yes, one no: each guesses the other's. The colours guess each other, "how many" the commonest.
+    assert report["commonest_by_question"] == {"score": pytest.approx(100 * (1 + 1 + 0 + 0 + 0.9) / 5)}
     annotations = [
         {"question_id": n, "answers": [{"answer": a} for a in votes[n] for _ in range(votes[n][a])],
          "answer_type": "x", "question_type": "y"}

@@ -382,6 +382,11 @@ def load_weights(
             problems.append(f"{path}: {name} is {tuple(given[name].shape)}, the model has {tuple(own.shape)}")
         else:
             report.loaded.append(name)
+    if problems and all(".encoder.layer_norm." in problem and problem.endswith("is missing") for problem in problems):
+        problems = [
+            f"{path}: has no norm behind its last layer, as models for questions and classes have none, and this model "
+            "wants it; start from pre-trained weights"
+        ]
     if problems:
         raise InputError(problems)
     if assign:

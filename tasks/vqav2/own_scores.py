@@ -61,7 +61,8 @@ def report_on(
     `score`: mean soft score. `exact_match`: share of answers that somebody gave. `by_answer_type`,
     `by_question_beginning` (the most frequent ones): mean soft scores. `macro_average`: the mean over right answers of
     the mean soft score of their questions, so rare ones count as much as frequent ones. `commonest_answer`: what saying
-    one answer to everything reaches, and `commonest_by_question`, the commonest answer of each question beginning.
+    one answer to everything reaches, and `commonest_by_question`, the commonest answer of the other questions that
+    begin alike (with the question itself among them, few questions would guess themselves).
     `official_vqa_accuracy` with `questions_of_ten_people`: by the official formula, of the questions that ten or more
     people answered, where there are any.
     """
@@ -75,7 +76,7 @@ def report_on(
     of_start: defaultdict[str, Counter[str]] = defaultdict(Counter)
     for start, answer in zip(starts, right, strict=True):
         of_start[start][answer] += 1
-    guesses = [of_start[start].most_common(1)[0][0] for start in starts]
+    guesses = [_commonest_but(of_start[start], answer) or common for start, answer in zip(starts, right, strict=True)]
     report = {
         "questions": len(scores),
         "score": _percent(scores),
@@ -117,6 +118,16 @@ def report_lines(report: Mapping[str, Any]) -> list[str]:
         ranked = sorted(report[part].items(), key=lambda item: -item[1])
         lines += [f"    {printable(name)[:40]:<28} {mean:6.2f}" for name, mean in ranked]
     return lines
+
+
+def _commonest_but(counts: Counter[str], own: str) -> str | None:
+    """The commonest answer when one `own` is taken away; of equal ones another than `own`. None where none is left."""
+    (first, most), *others = counts.most_common(2)
+    if first != own:
+        return first
+    if others and others[0][1] >= most - 1:
+        return others[0][0]
+    return own if most > 1 else None
 
 
 def _percent(values: Sequence[float]) -> float:
