@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 import run_beit3_finetuning as run
 import utils
+from beit3.model.compilation import compile_layers
 from beit3.model.encoder import EncoderConfig
 from beit3.system.errors import InputError
 from beit3.training.backends import BackendSettings, PlainBackend
@@ -23,6 +24,7 @@ from optim_factory import create_optimizer, parameter_groups
 from runs.assembly import layers_below
 from runs.command_line import read_settings
 from tests import reference
+from tests.test_compilation import needs_compiler
 from tests.test_new_task import full_checkpoints, one_line_more, pictures, training_flags  # noqa: F401  fixtures
 from tests.workers import run_processes
 
@@ -233,6 +235,26 @@ def test_nothing_below_the_lowest_trained_parameter_has_a_backward_pass(
     assert [out.grad_fn is None for out in came_out] == [number < below for number in range(4)]
     loss.backward()
     assert layers_below(model) == below
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_compiled_layers_freeze_as_well():
+    gradients = []
+    for compiled in (False, True):
+        model = small("vqav2", "text,2", drop_path_rate=0.5)
+        if compiled:
+            assert compile_layers(model.beit3, torch.device("cpu"))
+            torch._dynamo.utils.counters.clear()
+        torch.manual_seed(7)
+        loss_of("vqav2", model).backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    plain, compiled = gradients
+    assert not torch._dynamo.utils.counters["graph_break"]
+    for name, gradient in plain.items():
+        assert (gradient is None) == (compiled[name] is None), name
+        if gradient is not None:
+            torch.testing.assert_close(compiled[name], gradient, rtol=1e-4, atol=1e-6)
 
 
 # Averages
