@@ -6,14 +6,14 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from beit3.data.findings import shown
-from beit3.data.index_description import Fit, describe_index, look, said_of
+from beit3.data.index_description import describe_index
 from beit3.data.picture_files import HEAD, describe_stranger
 from beit3.system.errors import InputError, printable
 from sources.columns import parse_columns
@@ -74,22 +74,6 @@ def _opened(split: str, name: str, columns: Mapping[str, str], asks: bool | None
 def home_of(sources: Mapping[str, Source]) -> Path:
     """The folder beside the training table, where its index goes when nobody says otherwise."""
     return sources[TRAIN].pictures_from
-
-
-@contextmanager
-def folder_for(data: Path) -> Iterator[None]:
-    """Make the folder of an index; one that was not there before is taken away again where the block fails."""
-    new = not data.exists()
-    try:
-        data.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{data}: cannot be made ({error.strerror}); name another folder: DATA_PATH=…") from error
-    try:
-        yield
-    except BaseException:
-        if new and not any(data.iterdir()):
-            data.rmdir()
-        raise
 
 
 @dataclass
@@ -265,31 +249,3 @@ class Lengths:
         """A line for people."""
         cut = f"; {self.long} have more than {USUAL}, beyond which --num_max_bpe_tokens cuts" if self.long else ""
         return f"texts have {self.tokens / max(self.texts, 1):.1f} tokens, the longest {self.longest}{cut}"
-
-
-# Making again
-
-
-def fit_of(
-    data: Path, description: str, version: int, settings: Any, files: Sequence[Path], tokenizer: tuple[str, str]
-) -> Fit:
-    """Whether the index in `data` still is what these sources and choices give."""
-    fit = look(data, description, version, tokenizer=tokenizer, thorough=True)
-    before = said_of(data, description, "chosen", {})
-    changed = [f"--{name} was {before.get(name)}" for name, now in chosen(settings).items() if before.get(name) != now]
-    if before and changed:
-        fit.stale.append(", ".join(changed))
-    made_from = said_of(data, description, "official_files", {})
-    if before and {(data / name).resolve() for name in made_from} != {file.resolve() for file in files}:
-        fit.stale.append(f"it was made from {printable(', '.join(made_from))[:200]}")
-    return fit
-
-
-def refuse_foreign(data: Path, names: Iterable[str], description: str) -> None:
-    """Raise an InputError where index files would be overwritten that were not made from own data."""
-    there = [name for name in names if (data / name).exists()]
-    if there and not said_of(data, description, "chosen", {}):
-        raise InputError(
-            f"{data}: {', '.join(there)} is there and was not made from a table; move it, or choose another folder "
-            "for the index: DATA_PATH=…"
-        )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -14,12 +13,11 @@ from torch import Tensor
 
 from beit3.data.image_text import Item
 from beit3.data.index_table import Field, FloatField
-from beit3.system.flags import checked
-from sources.gathering import folder_for, home_of, sources_of
+from sources.making import make_from_python
 from sources.rows import SPLITS
 from tasks.captioning.dataset import CaptioningDataset, collate_captions
 from tasks.captioning.index import OWN
-from tasks.captioning.own_index import write_index
+from tasks.captioning.own_index import KIND
 from tasks.captioning.own_settings import OwnCaptioningSettings
 
 
@@ -72,12 +70,8 @@ class CaptionDataset(CaptioningDataset):
         `captioning.{train,val,test}.jsonl` and, where captions are known, `captioning.{val,test}.references.json`,
         which scores compare with. Raises InputError listing all that is wrong; nothing is written then.
         """
-        named = {name: None if path is None else os.fspath(path) for name, path in (("val", val), ("test", test))}
-        settings = checked(OwnCaptioningSettings, train=os.fspath(train), **named, **choices)
-        sources = sources_of(settings, None, asks=False)
-        data = home_of(sources) if data_path is None else Path(data_path)
-        with folder_for(data):
-            write_index(data, sources, settings, tokenizer, None if image_path is None else Path(image_path), progress)
+        splits = {"train": train, "val": val, "test": test}
+        make_from_python(KIND, OwnCaptioningSettings, tokenizer, data_path, image_path, progress, **splits, **choices)
 
 
 def _collate(items: Sequence[Item], num_max_bpe_tokens: int) -> dict[str, Tensor]:

@@ -10,9 +10,10 @@ from typing import Any
 from beit3.data import index_writing as writing
 from beit3.data.findings import MAX_ID, shown
 from beit3.data.index_description import tokenizer_hash
-from beit3.data.tokenizer import BatchEncoder, as_batch_encoder
+from beit3.data.tokenizer import BatchEncoder
 from beit3.system.atomic_files import atomic_writes
-from sources.gathering import Gathered, Lengths, gathered, refuse_foreign, summary_of_left_out, told_in_rows
+from sources.gathering import Gathered, Lengths, summary_of_left_out, told_in_rows
+from sources.making import IndexKind, making
 from sources.rows import SPLITS, TEST, TRAIN, VAL, Row, Source
 from tasks.captioning.index import OWN, description_file, ground_truth_file, index_file
 
@@ -36,16 +37,8 @@ def write_index(
     Raises:
         InputError: listing all that is wrong; nothing is written then.
     """
-    encode = as_batch_encoder(tokenizer)
-    writing.check_inputs([] if images is None else [images], {}, data)
-    refuse_foreign(data, [index_file(OWN, split) for split in SPLITS], description_file(OWN))
-    files = [file for source in sources.values() for file in source.files]
-    with (
-        writing.progress_bar("index", files, progress) as bar,
-        gathered(sources, settings, data, images, bar) as made,
-    ):
+    with making(KIND, data, sources, settings, tokenizer, images, progress) as (made, encode):
         findings = made.reading.findings
-        findings.raise_any()
         pictures = {split: _by_picture(made, split) for split in made.splits}
         for split in (TRAIN, VAL):
             if not pictures[split]:
@@ -139,3 +132,13 @@ def _as_coco(pictures: list[Picture], ids: list[int]) -> dict[str, Any]:
             {"id": place, "image_id": number, "caption": caption} for place, (number, caption) in enumerate(pairs, 1)
         ],
     }
+
+
+KIND = IndexKind(
+    asks=False,
+    needed=(index_file(OWN, TRAIN), index_file(OWN, VAL), ground_truth_file(VAL, OWN)),
+    further=(index_file(OWN, TEST), ground_truth_file(TEST, OWN)),
+    description=description_file(OWN),
+    version=VERSION,
+    write=write_index,
+)

@@ -6,12 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from beit3.data.index_description import hash_of_file, make_unless_it_fits
-from beit3.system.errors import InputError
-from sources.gathering import fit_of, folder_for, home_of, sources_of
+from sources.making import make_if_needed
 from sources.settings import SourceSettings
-from tasks.captioning.index import COCO, OWN, description_file, ground_truth_file, index_file
-from tasks.captioning.own_index import VERSION, write_index
+from tasks.captioning.index import COCO, OWN, ground_truth_file, index_file
+from tasks.captioning.own_index import KIND
 from tasks.captioning.settings import CaptioningSettings
 from tasks.settings import DataSettings, missing_split
 
@@ -42,20 +40,4 @@ class OwnCaptioningSettings(SourceSettings, CaptioningSettings):
         return [folder / ground_truth_file(split, OWN)]
 
     def make_index(self, data_path: Path, tokenizer: str, image_path: Path | None = None) -> None:
-        names = [index_file(OWN, split) for split in ("train", "val")] + [ground_truth_file("val", OWN)]
-        try:
-            sources = sources_of(self, data_path, asks=False)
-        except InputError:
-            if self.named() or not all((data_path / name).is_file() for name in names):
-                raise
-            return  # an index without its sources, made by hand perhaps
-        files = [file for source in sources.values() for file in source.files]
-        asked = hash_of_file(tokenizer)
-        with folder_for(data_path):
-            make_unless_it_fits(
-                data_path,
-                names,
-                lambda: fit_of(data_path, description_file(OWN), VERSION, self, files, asked),
-                lambda: write_index(data_path, sources, self, tokenizer, image_path or home_of(sources)),
-                files,
-            )
+        make_if_needed(KIND, self, data_path, tokenizer, image_path)

@@ -6,7 +6,6 @@ import functools
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -15,10 +14,9 @@ from torch import Tensor
 
 from beit3.data.image_text import Item, Transform
 from beit3.data.index_table import Field, FloatField
-from beit3.system.flags import checked
-from sources.gathering import folder_for, home_of, sources_of
+from sources.making import make_from_python
 from tasks.vqav2.dataset import QuestionDataset, collate_vqa
-from tasks.vqav2.own_index import write_index
+from tasks.vqav2.own_index import KIND
 from tasks.vqav2.own_settings import SPLIT_FILES, VQASettings
 
 
@@ -101,12 +99,8 @@ class VQADataset(QuestionDataset):
         Writes `vqa.{train,val,test}.jsonl` and `answer2label.txt`, and prints what was read, left out and why. Raises
         InputError listing all that is wrong; nothing is written then.
         """
-        named = {name: None if path is None else os.fspath(path) for name, path in (("val", val), ("test", test))}
-        settings = checked(VQASettings, train=os.fspath(train), **named, **choices)
-        sources = sources_of(settings, None, asks=True)
-        data = home_of(sources) if data_path is None else Path(data_path)
-        with folder_for(data):
-            write_index(data, sources, settings, tokenizer, None if image_path is None else Path(image_path), progress)
+        splits = {"train": train, "val": val, "test": test}
+        make_from_python(KIND, VQASettings, tokenizer, data_path, image_path, progress, **splits, **choices)
 
 
 def _collate(items: Sequence[Item], num_answers: int, num_max_bpe_tokens: int) -> dict[str, Tensor]:

@@ -12,18 +12,17 @@ from typing import Any
 from beit3.data import index_writing as writing
 from beit3.data.findings import MAX_ID, Findings, shown
 from beit3.data.index_description import tokenizer_hash
-from beit3.data.tokenizer import BatchEncoder, as_batch_encoder
+from beit3.data.tokenizer import BatchEncoder
 from beit3.system.atomic_files import atomic_writes
 from beit3.system.errors import InputError, printable
 from sources.gathering import (
     Gathered,
     Lengths,
-    gathered,
-    refuse_foreign,
     summary_of_left_out,
     told_in_rows,
 )
-from sources.rows import TRAIN, Row, Source
+from sources.making import IndexKind, making
+from sources.rows import TEST, TRAIN, VAL, Row, Source
 from tasks.vqav2.answers import ANSWER_FILE, answer_lines, normalize_word, read_answers
 from tasks.vqav2.index import DESCRIPTION, index_file, without_garbage_collection
 
@@ -74,17 +73,8 @@ def write_index(
     Raises:
         InputError: listing all that is wrong; nothing is written then.
     """
-    folders = [] if images is None else [images]
-    encode = as_batch_encoder(tokenizer)
-    writing.check_inputs(folders, {}, data)
-    refuse_foreign(data, [*map(index_file, ("train", "val", "test")), ANSWER_FILE], DESCRIPTION)
-    files = [file for source in sources.values() for file in source.files]
-    with (
-        writing.progress_bar("index", files, progress) as bar,
-        gathered(sources, settings, data, images, bar) as made,
-    ):
+    with making(KIND, data, sources, settings, tokenizer, images, progress) as (made, encode):
         findings = made.reading.findings
-        findings.raise_any()
         answers = _vocabulary(made, settings)
         findings.raise_any()
         tokens, lengths = writing.TokenCount(), Lengths()
@@ -259,3 +249,13 @@ def _print_summary(
     kind = ", ".join(dict.fromkeys(source.kind for source in made.sources.values()))
     head = f"index of {kind} written to {data}: {len(answers)} answers in {ANSWER_FILE}"
     writing.print_summary(head, [*lines, lengths.line()], tokens)
+
+
+KIND = IndexKind(
+    asks=True,
+    needed=(index_file(TRAIN), index_file(VAL), ANSWER_FILE),
+    further=(index_file(TEST),),
+    description=DESCRIPTION,
+    version=VERSION,
+    write=write_index,
+)

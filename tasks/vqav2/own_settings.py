@@ -7,15 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from beit3.data.index_description import hash_of_file, make_unless_it_fits
-from beit3.system.errors import InputError
 from beit3.system.flags import flag
-from sources.gathering import fit_of, folder_for, home_of, sources_of
+from sources.making import make_if_needed
 from sources.settings import AnswerSettings, SourceSettings
 from tasks.settings import DataSettings, missing_split
-from tasks.vqav2.answers import ANSWER_FILE
-from tasks.vqav2.index import DESCRIPTION, index_file
-from tasks.vqav2.own_index import VERSION, write_index
+from tasks.vqav2.index import index_file
+from tasks.vqav2.own_index import KIND
 from tasks.vqav2.settings import VQAv2Settings
 
 SPLIT_FILES = {"train": ("train",), "val": ("val",), "test": ("test",)}
@@ -48,20 +45,4 @@ class VQASettings(AnswerSettings, SourceSettings, VQAv2Settings):
         )
 
     def make_index(self, data_path: Path, tokenizer: str, image_path: Path | None = None) -> None:
-        names = [index_file("train"), index_file("val"), ANSWER_FILE]
-        try:
-            sources = sources_of(self, data_path, asks=True)
-        except InputError:
-            if self.named() or not all((data_path / name).is_file() for name in names):
-                raise
-            return  # an index without its sources, made by hand perhaps
-        files = [file for source in sources.values() for file in source.files]
-        asked = hash_of_file(tokenizer)
-        with folder_for(data_path):
-            make_unless_it_fits(
-                data_path,
-                names,
-                lambda: fit_of(data_path, DESCRIPTION, VERSION, self, files, asked),
-                lambda: write_index(data_path, sources, self, tokenizer, image_path or home_of(sources)),
-                files,
-            )
+        make_if_needed(KIND, self, data_path, tokenizer, image_path)
