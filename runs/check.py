@@ -82,7 +82,8 @@ def _look_at_pictures(
     unreadable = screen_images(every, root)
     first = same_content(root, every)
     double = {path: other for path, other in first.items() if path != other}
-    lines = [f"{len(every)} files; {len(unreadable) or 'none'} cannot be read or is over the limits"]
+    readable = f"{len(unreadable)} cannot be read or are over the limits" if unreadable else "all of them can be read"
+    lines = [f"{len(every)} files; {readable}"]
     if double:
         shown = "; ".join(f"{path} is {other}" for path, other in itertools.islice(double.items(), SHOWN))
         lines.append(f"{len(double)} have the content of another: {printable(shown)}" + _more(len(double)))
@@ -139,18 +140,20 @@ def _look_at_the_machine(
     step, validation, measured = _measure(settings, process, task, model.to(process.device), train_set, val_set)
     steps = optimizer.epochs * sampler.steps_per_epoch
     rows = len(val_set)
-    hours = (steps * step * pairs / process.world_size + optimizer.epochs * rows * validation) / 3600
+    seconds = steps * step * pairs / process.world_size + optimizer.epochs * rows * validation
     lines += [
-        f"speed: {step * pairs / process.world_size:.3g} s per step of {pairs} pairs ({measured}), "
-        f"{validation * rows:.3g} s per validation of {rows} rows",
-        f"training: {optimizer.epochs} epochs of {sampler.steps_per_epoch} steps, about {_duration(hours)}",
+        f"speed: {_duration(step * pairs / process.world_size)} per step of {pairs} pairs ({measured}), "
+        f"{_duration(validation * rows)} per validation of {rows} rows",
+        f"training: {optimizer.epochs} epochs of {sampler.steps_per_epoch} steps, about {_duration(seconds)}",
     ]
     _tell("machine", lines)
     return problems
 
 
-def _duration(hours: float) -> str:
-    return f"{hours:.1f} hours" if hours >= 1 else f"{max(1, round(60 * hours))} minutes"
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.2g} s"
+    return f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:,.0f} hours"
 
 
 def _measure(

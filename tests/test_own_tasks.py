@@ -226,7 +226,7 @@ def test_a_check_trains_nothing_and_says_what_a_training_takes(data, tmp_path, c
     assert run.main(flags(data, "vqa", out, "--check", "--epochs", "3")) == 0
     assert not out.exists()
     said = capsys.readouterr().err
-    assert "'no' is the commonest" in said and "45 files; none cannot be read" in said
+    assert "'no' is the commonest" in said and "45 files; all of them can be read" in said
     assert "proposed: --batch_size 16" in said and "s per step of 16" in said
     assert "training: 3 epochs of 4 steps" in said and "nothing has to be mended" in said
 

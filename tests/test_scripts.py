@@ -99,6 +99,36 @@ def test_the_two_commands_of_the_demo_end_with_a_submission(project, task, id_ke
     assert without.stdout == result.stdout and f"checkpoint: output/demo_{task}/checkpoint-best" in without.stderr
 
 
+@pytest.mark.slow
+def test_own_data_is_looked_at_learned_and_asked_from_its_table(project, tmp_path):
+    album = tmp_path / "an album"
+    bash_python = [sys.executable, "-m", "demo.make", "--table", str(album)]
+    subprocess.run(bash_python, cwd=project, check=True, timeout=100)
+    own = {
+        "SPM": str(album / "demo.spm"),
+        "FINETUNE": "",
+        "MODEL": "beit3_tiny_patch16_64",
+        "OUTPUT_DIR": str(tmp_path / "o"),
+    }
+    result = bash(project, "bash.sh", "--check", TRAIN=str(album / "vqa.csv"), **own)
+    assert result.returncode == 0, result.stderr
+    assert "300 files; all of them can be read" in result.stderr and "s per step of 32 pairs" in result.stderr
+    assert not (tmp_path / "o").exists()
+    result = bash(project, "bash.sh", "--epochs", "2", TRAIN=str(album / "vqa.csv"), **own)
+    assert result.returncode == 0, result.stderr
+    assert "810 training and 90 validation examples" in result.stderr
+    assert "to all of them scores 11.11" in result.stderr
+    picture = next(album.rglob("*.jpg"))
+    result = bash(
+        project, "prediction.sh", str(picture), "Is it day?", FINETUNE=str(tmp_path / "o" / "checkpoint-best")
+    )
+    assert result.returncode == 0 and result.stdout.count(" · ") == 2, result.stderr
+    (album / "metadata.csv").write_text("image,caption\n" + f"{picture.relative_to(album)},A house.\n" * 3)
+    broken = bash(project, "bash.sh", TRAIN=str(album / "metadata.csv"), DATA_PATH=str(tmp_path / "new"), **own)
+    assert broken.returncode == 2 and "all its rows show one picture" in broken.stderr
+    assert not (tmp_path / "new").exists()
+
+
 def test_prediction_asks_where_a_picture_is_named_and_says_what_is_missing(project, tmp_path):
     result = bash(project, "prediction.sh", "photo.jpg", "what is it?", FINETUNE=str(tmp_path / "none"))
     assert result.returncode == 2
