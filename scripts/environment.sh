@@ -117,14 +117,13 @@ keep_pairs_per_step() {
 # Whether bash.sh is to learn from somebody's own data: it is named, or a table or its index lies in DATA_PATH, and not
 # COCO's official files or index.
 is_own_data() {
-    case " ${TASK:-} $* " in
-        *" vqa "* | *" captioning "* | *" --train "* | *" --train="*) return 0 ;;
-    esac
+    case ${TASK:-} in vqa | captioning) return 0 ;; esac
+    case " $* " in *" --train "* | *" --train="*) return 0 ;; esac
     [ -n "${DATA_PATH:-}" ] && [ -z "${TASK:-}" ] && [ ! -e "$DATA_PATH/vqa.rest_val.jsonl" ] || return 1
-    compgen -G "$DATA_PATH/metadata.*" > /dev/null || compgen -G "$DATA_PATH/train.*" > /dev/null ||
-        compgen -G "$DATA_PATH/train-*.parquet" > /dev/null || compgen -G "$DATA_PATH/train/metadata.*" > /dev/null ||
-        compgen -G "$DATA_PATH/data/train-*.parquet" > /dev/null ||
-        [ -e "$DATA_PATH/vqa.train.jsonl" ] || [ -e "$DATA_PATH/captioning.train.jsonl" ]
+    [ ! -e "$DATA_PATH/vqa.train.jsonl" ] && [ ! -e "$DATA_PATH/captioning.train.jsonl" ] || return 0
+    PYTHONPATH=$project${PYTHONPATH:+:$PYTHONPATH} "$PYTHON" -c 'import pathlib, sys
+from sources.opening import sources_here
+sys.exit(not sources_here(pathlib.Path(sys.argv[1])))' "$DATA_PATH"
 }
 
 # Adds to recipe how long to learn from so many rows; arguments as bash.sh's.

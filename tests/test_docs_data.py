@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -195,6 +196,6 @@ def test_mistakes_are_told_as_the_page_shows(tmp_path, monkeypatch, capsys):
 def test_a_folder_as_the_page_shows_is_taken_for_own_data(name, tmp_path):
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).touch()
-    program = f"source scripts/environment.sh; DATA_PATH={tmp_path} is_own_data"
+    program = f"PYTHON={sys.executable}; source scripts/environment.sh; DATA_PATH={tmp_path} is_own_data"
     assert subprocess.run(["bash", "-c", program], cwd=ROOT, timeout=60, check=False).returncode == 0
     assert sources_here(tmp_path)
