@@ -84,6 +84,7 @@ class Gathered:
         rows: split → its rows, in the order of the sources.
         root: the folder that the paths of the pictures start from.
         drawn: whether validation was drawn from the training rows.
+        aside: where pictures that the sources hold themselves were unpacked; None: they hold none.
     """
 
     sources: Mapping[str, Source]
@@ -91,6 +92,14 @@ class Gathered:
     reading: Reading
     rows: dict[str, list[Pictured]] = field(default_factory=lambda: {split: [] for split in SPLITS})
     drawn: bool = False
+    aside: Path | None = None
+
+    def keep_pictures(self) -> None:
+        """Give unpacked pictures their names; to be called before an index that names them appears."""
+        if self.aside is not None:
+            (self.root / UNPACKED).mkdir(exist_ok=True)
+            for file in self.aside.iterdir():
+                os.replace(file, self.root / UNPACKED / file.name)
 
     @property
     def files(self) -> list[Path]:
@@ -123,26 +132,25 @@ def gathered(
 ) -> Iterator[Gathered]:
     """All rows with their pictures, for as long as the block lasts; mistakes are in its `reading.findings`.
 
-    Pictures that a source holds itself are unpacked into `data/pictures`, when the block has ended without an error.
+    Pictures that a source holds itself are unpacked, and stay where the block calls `Gathered.keep_pictures`.
     images: holds the pictures; None: the folder of the training table.
     """
     unpacks = sum(source.unpacked_bytes for source in sources.values())
     root = data if unpacks else images or home_of(sources)
     made = Gathered(sources, root, Reading(on_bytes=bar.update))
     if not unpacks:
-        _read(made, settings, None)
+        _read(made, settings)
         yield made
         return
+    for left in data.glob(f".{UNPACKED}.*"):  # of a making that was killed
+        shutil.rmtree(left, ignore_errors=True)
     _tell_room(unpacks, data)
-    aside = Path(tempfile.mkdtemp(prefix=f".{UNPACKED}.", dir=data))
+    made.aside = Path(tempfile.mkdtemp(prefix=f".{UNPACKED}.", dir=data))
     try:
-        _read(made, settings, aside)
+        _read(made, settings)
         yield made
-        (data / UNPACKED).mkdir(exist_ok=True)
-        for file in aside.iterdir():
-            os.replace(file, data / UNPACKED / file.name)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(made.aside, ignore_errors=True)
 
 
 def _tell_room(unpacks: int, data: Path) -> None:
@@ -152,13 +160,13 @@ def _tell_room(unpacks: int, data: Path) -> None:
         raise InputError(f"{data}: has no room for {unpacks / GIGABYTE:.1f} GB of pictures; name another DATA_PATH")
 
 
-def _read(made: Gathered, settings: SourceSettings, aside: Path | None) -> None:
-    """Read every source, and draw validation where no row is for it. aside: where pictures are unpacked."""
+def _read(made: Gathered, settings: SourceSettings) -> None:
+    """Read every source, and draw validation where no row is for it."""
     finder, findings = PictureFinder(made.root), made.reading.findings
     for split, source in made.sources.items():
         before = sum(map(len, made.rows.values()))
         for row in source.rows(made.reading):
-            path = finder.find(row) if row.content is None else _unpacked(row, aside, source, made.reading)
+            path = finder.find(row) if row.content is None else _unpacked(row, made.aside, source, made.reading)
             if path is None:
                 _note_missing(row, source, made, settings.skip_missing)
             else:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 
 import pytest
 
@@ -278,6 +279,15 @@ def test_pictures_in_parquet_are_unpacked_once(tmp_path, capsys):
         path.read_bytes() for path in names
     )
     assert sorted(path.name for path in (tmp_path / "hub").iterdir() if path.is_dir()) == ["pictures"]
+    (tmp_path / "hub" / "pictures" / os.path.basename(indexed[0]["image_path"])).unlink()
+    (tmp_path / "hub" / "vqa.val.jsonl").unlink()
+    with pytest.MonkeyPatch.context() as patch:  # killed before the pictures have their names: no index names them
+        patch.setattr("sources.gathering.Gathered.keep_pictures", lambda _: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            make_index("vqa", data, str(SPM), images)
+    assert not (tmp_path / "hub" / "vqa.val.jsonl").exists()
+    capsys.readouterr()
+    assert make_index("vqa", data, str(SPM), images) == 0 and "unpacking" in capsys.readouterr().out
     assert make_index("vqa", data, str(SPM), images) == 0
     assert capsys.readouterr().out == ""
 

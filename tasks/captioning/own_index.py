@@ -64,6 +64,7 @@ def write_index(
             findings.raise_any()
             hashed = tokenizer_hash(encode)
             description.write(made.describe(data, VERSION, file_of, settings, tokenizer_sha256=hashed))
+            made.keep_pictures()
         for split in SPLITS:  # of an earlier index
             for name in {index_file(OWN, split), ground_truth_file(split, OWN)} - {*names}:
                 (data / name).unlink(missing_ok=True)

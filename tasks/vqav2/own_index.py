@@ -90,6 +90,7 @@ def write_index(
             findings.raise_any()
             hashed = tokenizer_hash(encode)
             description.write(made.describe(data, VERSION, file_of, settings, tokenizer_sha256=hashed))
+            made.keep_pictures()
         if "test" not in made.splits:
             (data / index_file("test")).unlink(missing_ok=True)  # of an earlier index
     _print_summary(data, made, answers, covered, tokens, lengths, settings)
@@ -105,6 +106,10 @@ def _vocabulary(made: Gathered, settings: Any) -> list[str]:
     if not counts:
         note(f"{table}: column answer: no training row has an answer; rows", len(made.rows[TRAIN]))
         return []
+    if not any(row.answers for row, _ in made.rows[VAL]):
+        note(
+            f"{table}: column answer: no validation row has an answer, so none can be scored; rows", len(made.rows[VAL])
+        )
     if settings.answers is not None:
         return _named_answers(settings.answers, made.reading.findings)
     if len(counts) == 1:
