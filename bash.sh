@@ -30,13 +30,13 @@ choose_launcher "${root}run_beit3_finetuning.py"
 
 sources=()
 [ -z "${TRAIN:-}" ] || sources+=(--train "$TRAIN")
-[ -z "${VAL:-}" ] || sources+=(--val "$VAL")
-[ -z "${TEST:-}" ] || sources+=(--test "$TEST")
+[ -z "${TRAIN:-}" ] || [ -z "${VAL:-}" ] || sources+=(--val "$VAL")
+[ -z "${TRAIN:-}" ] || [ -z "${TEST:-}" ] || sources+=(--test "$TEST")
 [ ${#sources[@]} = 0 ] || set -- "${sources[@]}" "$@"
 own=
 if is_own_data "$@"; then
     own=$(run_module tasks.own_data "${DATA_PATH:-}" "${TASK:-}" "${IMAGE_PATH:-}" "$@")
-    { read -r TASK && read -r DATA_PATH && read -r IMAGE_PATH; } <<< "$own"
+    { IFS= read -r TASK && IFS= read -r DATA_PATH && IFS= read -r IMAGE_PATH; } <<< "$own"
 fi
 if [ -z "$own${TASK:-}" ] && [ -n "${DATA_PATH:-}" ] && [ ! -e "$DATA_PATH/vqa" ] && [ ! -e "$DATA_PATH/vqa.train.jsonl" ]; then
     echo "no table of your own data in $DATA_PATH (metadata.csv, train.csv and the like, docs/DATA.md): taking it for VQAv2"

@@ -121,9 +121,11 @@ is_own_data() {
     case " $* " in *" --train "* | *" --train="*) return 0 ;; esac
     [ -n "${DATA_PATH:-}" ] && [ -z "${TASK:-}" ] && [ ! -e "$DATA_PATH/vqa.rest_val.jsonl" ] || return 1
     [ ! -e "$DATA_PATH/vqa.train.jsonl" ] && [ ! -e "$DATA_PATH/captioning.train.jsonl" ] || return 0
-    PYTHONPATH=$project${PYTHONPATH:+:$PYTHONPATH} "$PYTHON" -c 'import pathlib, sys
+    local here
+    here=$(PYTHONPATH=$project${PYTHONPATH:+:$PYTHONPATH} "$PYTHON" -c 'import pathlib, sys
 from sources.opening import sources_here
-sys.exit(not sources_here(pathlib.Path(sys.argv[1])))' "$DATA_PATH"
+print(sources_here(pathlib.Path(sys.argv[1])))' "$DATA_PATH") || exit
+    [ "$here" = True ]
 }
 
 # Adds to recipe how long to learn from so many rows; arguments as bash.sh's.

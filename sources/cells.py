@@ -11,6 +11,7 @@ import re
 from typing import Any, NamedTuple
 
 from beit3.data.findings import MAX_ID, is_broken, shown, wrong_id, wrong_path
+from beit3.data.index_table import MAX_WEIGHT
 from sources.rows import SPLIT_OF, Id
 
 
@@ -177,7 +178,7 @@ def weight(cell: Any) -> float:
             number = float(cell)
         except OverflowError:
             number = math.inf
-        if 0 <= number < math.inf:
+        if 0 <= number < MAX_WEIGHT:
             return number
     raise Mistake("is not a number of 0 or more", cell)
 

@@ -22,10 +22,16 @@ from sources.pictures import PictureFinder, choose_pictures, same_content, unpac
 from sources.rows import SPLITS, TRAIN, VAL, Reading, Row, Source
 from sources.settings import SourceSettings, chosen
 
+ASIDE = ".unpacking-pictures."  # what the names of folders begin with in which they are unpacked
 UNPACKED = "pictures"  # folder beside the index for pictures that a source holds itself
 GIGABYTE = 1e9
 USUAL = 64  # `--num_max_bpe_tokens` where nobody says otherwise
 _SIDES = re.compile(r"\b(left|right|links|rechts|gauche|droite|izquierda|derecha)\b", re.IGNORECASE)
+
+
+class NoSource(InputError):
+    """Nothing is named, and the folder holds no table."""
+
 
 Pictured = tuple[Row, str]  # a row and its picture, as a path from the folder of pictures
 
@@ -43,16 +49,16 @@ def sources_of(settings: SourceSettings, data: Path | None, asks: bool | None) -
     if not named:
         found = {} if data is None or not data.is_dir() else find_sources(data, columns, asks)
         if TRAIN not in found:
-            raise InputError(
+            raise NoSource(
                 f"{data}: holds no table of own data: metadata.csv, .jsonl or .parquet, or train.csv and the like; "
                 "name one: TRAIN=table.csv, or --train table.csv"
             )
         return found
     opened: dict[str, Source] = {}
     problems: list[str] = []
-    for split, name in named.items():
+    for split, name in named.items():  # training first: a test may have nothing that tells questions from captions
         try:
-            opened |= _opened(split, name, columns, asks)
+            opened |= _opened(split, name, columns, opened[TRAIN].asks if TRAIN in opened else asks)
         except InputError as error:
             problems += error.problems
     if TRAIN not in named:
@@ -142,10 +148,12 @@ def gathered(
         _read(made, settings)
         yield made
         return
-    for left in data.glob(f".{UNPACKED}.*"):  # of a making that was killed
+    if (data / UNPACKED).exists() and not (data / UNPACKED).is_dir():
+        raise InputError(f"{data / UNPACKED}: is a file where the folder for pictures goes; name another DATA_PATH")
+    for left in data.glob(f"{ASIDE}*"):  # of a making that was killed
         shutil.rmtree(left, ignore_errors=True)
     _tell_room(unpacks, data)
-    made.aside = Path(tempfile.mkdtemp(prefix=f".{UNPACKED}.", dir=data))
+    made.aside = Path(tempfile.mkdtemp(prefix=ASIDE, dir=data))
     try:
         _read(made, settings)
         yield made
@@ -166,6 +174,10 @@ def _read(made: Gathered, settings: SourceSettings) -> None:
     for split, source in made.sources.items():
         before = sum(map(len, made.rows.values()))
         for row in source.rows(made.reading):
+            if row.content is None and source.unpacked_bytes:
+                what = f"{source.files[0]}: column image: names a picture without holding it, as it holds others"
+                findings.note(what, f"{row.place} has {shown(row.image)}")
+                continue
             path = finder.find(row) if row.content is None else _unpacked(row, made.aside, source, made.reading)
             if path is None:
                 _note_missing(row, source, made, settings.skip_missing)
@@ -176,6 +188,8 @@ def _read(made: Gathered, settings: SourceSettings) -> None:
             findings.broken_files.append(f"{source.files[0]}: no row is left of it for {split}")
     if findings.counts or findings.broken_files:
         return
+    if made.rows[TRAIN] and not any(row.weight for row, _ in made.rows[TRAIN]):
+        findings.broken_files.append(f"{made.table()}: column weight: is 0 in all training rows, so none would count")
     if not made.rows[TRAIN]:
         findings.broken_files.append(f"{made.table()}: no row is for training; the column split names other splits")
     elif not made.rows[VAL]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,10 +14,10 @@ from beit3.data import index_writing as writing
 from beit3.data.index_description import Fit, hash_of_file, look, make_unless_it_fits, said_of
 from beit3.data.tokenizer import BatchEncoder, as_batch_encoder
 from beit3.system.errors import InputError, printable
-from beit3.system.flags import checked
-from sources.gathering import Gathered, gathered, home_of, sources_of
+from beit3.system.flags import checked, flags_of
+from sources.gathering import Gathered, NoSource, gathered, home_of, sources_of
 from sources.rows import Source
-from sources.settings import SourceSettings, chosen
+from sources.settings import AnswerSettings, SourceSettings, chosen
 
 Writer = Callable[[Path, Mapping[str, Source], Any, Any, "Path | None", "bool | None"], None]
 
@@ -46,8 +47,8 @@ def make_if_needed(kind: IndexKind, settings: SourceSettings, data: Path, tokeni
     """Make the index of a command line in `data`, unless it is there and fits; an index without its sources is kept."""
     try:
         sources = sources_of(settings, data, kind.asks)
-    except InputError:
-        if settings.named() or not all((data / name).is_file() for name in kind.needed):
+    except NoSource:
+        if not all((data / name).is_file() for name in kind.needed):
             raise
         return  # made by hand, perhaps
     files = [file for source in sources.values() for file in source.files]
@@ -72,8 +73,12 @@ def make_from_python(
     **choices: Any,
 ) -> None:
     """Make the index of a call in Python. choices: values of flags, and paths under the names of the splits."""
+    kinds = (each for each in (SourceSettings, AnswerSettings) if issubclass(settings, each))
+    known = [each.name for one in kinds for each in flags_of(one)]
     given = {name: os.fspath(value) if isinstance(value, os.PathLike) else value for name, value in choices.items()}
-    asked = checked(settings, **given)
+    asked = checked(settings, known, **given)
+    if not asked.train:
+        raise InputError("train: a table, a JSON file, a pair of them joined by a comma, or a folder is wanted")
     sources = sources_of(asked, None, kind.asks)
     data = home_of(sources) if data_path is None else Path(data_path)
     with _folder_for(data):
@@ -109,8 +114,8 @@ def making(
 
 @contextmanager
 def _folder_for(data: Path) -> Iterator[None]:
-    """Make the folder of an index; one that was not there before is taken away again where the block fails."""
-    new = not data.exists()
+    """Make the folder of an index; folders that were not there before are taken away again where the block fails."""
+    new = [folder for folder in (data, *data.parents) if not folder.exists()]
     try:
         data.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -118,8 +123,9 @@ def _folder_for(data: Path) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        if new and not any(data.iterdir()):
-            data.rmdir()
+        with contextlib.suppress(OSError):  # one that is not empty stays
+            for folder in new:
+                folder.rmdir()
         raise
 
 

@@ -13,7 +13,7 @@ from beit3.system.errors import InputError
 from sources.look import look_at
 from sources.readers import READERS
 from sources.readers.vqa_pairs import VqaPairs
-from sources.rows import SPLIT_OF, TRAIN, Reading, Row, Source
+from sources.rows import SPLIT_OF, TRAIN, Id, Reading, Row, Source
 
 METADATA = "metadata"  # the table of Hugging Face's "imagefolder"
 # https://huggingface.co/docs/datasets/image_dataset
@@ -64,9 +64,11 @@ def find_sources(folder: Path, columns: Mapping[str, str] = {}, asks: bool | Non
     if problems:
         raise InputError(problems)
     found: dict[str, Source] = {}
-    for split, several in sorted(candidates.items()):
+    # Training first: a test may have nothing that tells questions from captions.
+    for split, several in sorted(candidates.items(), key=lambda item: (item[0] != TRAIN, item[0])):
         try:
-            found[split] = _open_candidate(several[0], columns, asks)
+            known = found[TRAIN].asks if TRAIN in found else asks
+            found[split] = _open_candidate(several[0], columns, known)
         except InputError as error:
             problems += error.problems
     if problems:
@@ -92,9 +94,15 @@ class ShardedSource:
 
     def rows(self, reading: Reading) -> Iterator[Row]:
         """All rows; their places name the file, and so do the pictures that it holds, as each may number its own."""
+        places: dict[Id, str] = {}  # of questions; each part looks for doubled ones in its own file
         for part in self.parts:
             path = part.files[0]
             for row in part.rows(reading):
+                if row.question_id is not None:
+                    first = places.setdefault(row.question_id, path.name)
+                    if first != path.name:
+                        what = f"{path}: column question_id: stands in {first} too"
+                        reading.findings.note(what, f"{row.place} has {shown(row.question_id)}")
                 image = row.image if row.content is None else f"{path.stem}/{row.image}"
                 yield row._replace(place=f"{path.name}, {row.place}", image=image)
 

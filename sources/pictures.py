@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from unicodedata import normalize
 
 from beit3.data.index_writing import PICTURE_ENDINGS
 from beit3.data.picture_files import format_of
@@ -39,6 +40,27 @@ class PictureFinder:
         return self._found[named]
 
     def _by_path(self, path: str) -> str | None:
+        return self._as_written(path) or (None if path.isascii() else self._composed(path))
+
+    def _composed(self, path: str) -> str | None:
+        """The picture whose name has the same letters, which Unicode lets be written in two ways ("é", "e" and an
+        accent), as file systems of one kind and tables of another do."""
+        folder = ""
+        for part in path.split("/"):
+            names = self._names(folder)
+            found = [name for name in names if normalize("NFC", name) == normalize("NFC", part)]
+            if len(found) != 1:
+                return None
+            folder = f"{folder}/{found[0]}" if folder else found[0]
+        return self._as_written(folder)
+
+    def _names(self, folder: str) -> list[str]:
+        try:
+            return os.listdir(self.root / folder)
+        except OSError:
+            return []
+
+    def _as_written(self, path: str) -> str | None:
         folder, _, name = path.rpartition("/")
         files = self._list(folder)
         if name in files:
@@ -52,15 +74,16 @@ class PictureFinder:
         """`COCO_val2014_000000000042.jpg`, `000000000042.jpg` and `42.jpg` are 42; `n161313.jpg` is n161313."""
         if self._by_id is None:
             self._by_id = defaultdict(list)
-            for folder, _, names in os.walk(self.root, followlinks=True):
+            for folder, names in _folders(self.root):
                 inside = os.path.relpath(folder, self.root).replace(os.sep, "/")
                 for name in names:
                     stem, ending = os.path.splitext(name)
                     if ending.lower() in PICTURE_ENDINGS and not name.startswith("."):
                         last = stem.rpartition("_")[2]
-                        key = str(int(last)) if last.isascii() and last.isdigit() else stem
+                        key = str(int(last)) if _is_number(last) else stem
                         self._by_id[key].append(name if inside == "." else f"{inside}/{name}")
-        found = self._by_id.get(str(image_id), [])
+        wanted = str(image_id)
+        found = self._by_id.get(str(int(wanted)) if _is_number(wanted) else wanted, [])
         return found[0] if len(found) == 1 else None
 
     def _list(self, folder: str) -> set[str]:
@@ -72,6 +95,23 @@ class PictureFinder:
             except OSError:
                 self._files[folder] = set()
         return self._files[folder]
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) <= 19
+
+
+def _folders(root: Path) -> Iterator[tuple[str, list[str]]]:
+    """Every folder below, links followed, once each however links lead in circles, with the names of its files."""
+    seen: set[tuple[int, int]] = set()
+    for folder, inner, names in os.walk(root, followlinks=True):
+        status = os.stat(folder)
+        if (status.st_dev, status.st_ino) in seen:
+            inner.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        inner.sort()
+        yield folder, names
 
 
 def _is_file(entry: os.DirEntry[str]) -> bool:
@@ -140,7 +180,8 @@ def choose_pictures(same: Mapping[str, str], fraction: float, seed: int) -> set[
     for group in ranked[:-1]:  # one group at least is left to learn from
         if len(chosen) >= wanted:
             break
-        chosen.update(group)
+        if 2 * len(group) <= len(same):  # one picture under so many names would leave too little to learn from
+            chosen.update(group)
     return chosen
 
 
@@ -152,4 +193,5 @@ def unpacked_name(content: bytes, name: str) -> str | None:
         return None
     stem = "".join(c if c.isalnum() or c in "-_." else "_" for c in os.path.splitext(os.path.basename(name))[0])[:60]
     ending = ENDING_OF.get(format, f".{format.lower()}")
+    stem = stem.encode()[:150].decode(errors="ignore")  # file systems count bytes
     return f"{stem or 'picture'}_{hashlib.sha256(content).hexdigest()[:16]}{ending}"

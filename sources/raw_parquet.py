@@ -71,9 +71,12 @@ class ParquetTable:
 
 
 def _bytes_of(metadata: Any) -> dict[str, int]:
+    """Column → its bytes."""
+    names = sorted(metadata.schema.to_arrow_schema().names, key=len, reverse=True)
     found: dict[str, int] = {}
     for group in map(metadata.row_group, range(metadata.num_row_groups)):
         for column in map(group.column, range(group.num_columns)):
-            name = column.path_in_schema.split(".")[0]
+            path = column.path_in_schema  # of a struct with its field behind a dot; names may have dots too
+            name = next((each for each in names if path == each or path.startswith(f"{each}.")), path)
             found[name] = found.get(name, 0) + column.total_uncompressed_size
     return found

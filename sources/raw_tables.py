@@ -20,6 +20,7 @@ from sources.text_files import MAX_CELL, MAX_ROW, Lines, OnBytes, TableError, ch
 
 _TEXT_ENDINGS = (".csv", ".tsv", ".jsonl", ".json")
 TABLE_ENDINGS = (*_TEXT_ENDINGS, *(f"{ending}.gz" for ending in _TEXT_ENDINGS), ".parquet")
+_END = 1 << 12  # characters at the end of what was read, where a value may just be cut off
 
 _decode = json.JSONDecoder().raw_decode
 _skip_space = re.compile(r"[ \t\n\r]*").match
@@ -257,7 +258,8 @@ class JsonListTable(_JsonTable):
         except RecursionError:
             what = "JSON that is nested too deeply"
         except ValueError as error:
-            if len(window.text) - window.at > MAX_ROW:
+            unfinished = "Unterminated" in str(error) or getattr(error, "pos", 0) >= len(window.text) - _END
+            if len(window.text) - window.at > MAX_ROW and unfinished:
                 raise self._too_long(number, window.text[window.at :]) from None
             # An open text is told where it opens, all else where it is not what was wanted.
             ends = getattr(error, "pos", 0) >= len(window.text.rstrip()) or "Unterminated" in str(error)

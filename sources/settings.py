@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from beit3.system.atomic_files import sha256_of
 from beit3.system.flags import as_given, flag, flags_of
 from sources.rows import TEST, TRAIN, VAL
 
@@ -44,4 +45,15 @@ class AnswerSettings:
 def chosen(settings: Any) -> dict[str, Any]:
     """What decides the content of an index beside its sources, in plain values; made with others, it is made again."""
     names = {each.name for kind in (SourceSettings, AnswerSettings) for each in flags_of(kind)} - {TRAIN, VAL, TEST}
-    return {name: value for name, value in as_given(settings).items() if name in names}
+    decide = {name: value for name, value in as_given(settings).items() if name in names}
+    if decide.get("answers"):  # what stands in the file counts, not where it is
+        decide["answers"] = _digest(Path(decide["answers"]))
+    return decide
+
+
+def _digest(path: Path) -> str:
+    try:
+        with open(path, "rb") as file:
+            return sha256_of(file)
+    except OSError:
+        return ""  # that it cannot be read is told when it is

@@ -28,6 +28,7 @@ def main(*arguments: str) -> int:
         if not Path(tokenizer_path).is_file():
             raise InputError(f"{tokenizer_path}: no such tokenizer file")
         settings = read_flags(settings_of(task_name), flags)
+        image_path = last_given(flags, "--image_path") or image_path
         settings.make_index(Path(data_path), tokenizer_path, None if image_path is None else Path(image_path))
     except InputError as error:
         print(for_terminal(f"error: {error}"), file=sys.stderr)
@@ -59,6 +60,17 @@ def read_flags(kind: type[T], flags: Sequence[str]) -> T:
     if problems:
         raise InputError(problems)
     return kind(**read)
+
+
+def last_given(flags: Sequence[str], name: str) -> str | None:
+    """The value of the last flag of a name among these; None where there is none."""
+    found = None
+    for place, word in enumerate(flags):
+        if word == name and place + 1 < len(flags):
+            found = flags[place + 1]
+        elif word.startswith(f"{name}="):
+            found = word.removeprefix(f"{name}=")
+    return found
 
 
 if __name__ == "__main__":

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from beit3.system.errors import InputError
 from beit3.system.terminal import for_terminal, print_anywhere
-from sources.gathering import home_of, sources_of
+from sources.gathering import NoSource, home_of, sources_of
 from sources.settings import SourceSettings
-from tasks.make_index import read_flags
+from tasks.make_index import last_given, read_flags
 
 QUESTIONS, CAPTIONS = OWN_TASKS = ("vqa", "captioning")
 
@@ -32,14 +32,15 @@ def main(data_path: str, task: str, image_path: str, *flags: str) -> int:
 def told(data_path: str, task: str, image_path: str, *flags: str) -> tuple[str, str, str]:
     """Task, folder of the index, folder of the pictures. Raises InputError as `sources_of` does."""
     settings = read_flags(SourceSettings, flags)
+    task, image_path = last_given(flags, "--task") or task, last_given(flags, "--image_path") or image_path
     data = Path(data_path) if data_path else None
     asks = {QUESTIONS: True, CAPTIONS: False}.get(task)
     try:
         sources = sources_of(settings, data, asks)
-    except InputError:
+    except NoSource:
         made = [name for name in OWN_TASKS if data is not None and (data / f"{name}.train.jsonl").is_file()]
         named = task or (made[0] if len(made) == 1 else "")
-        if settings.named() or named not in made:
+        if named not in made:
             raise
         return named, data_path, image_path or data_path  # an index without its sources
     found = QUESTIONS if next(iter(sources.values())).asks else CAPTIONS

@@ -8,6 +8,7 @@ error a line that says why.
 from __future__ import annotations
 
 import math
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from beit3.data.index_description import said_of
 from beit3.data.tokenizer import Tokenizer
 from beit3.model.description import about, answers_at_once
 from beit3.system.errors import InputError
+from tasks.make_index import last_given
 
 STEPS = 1500  # of a training from pre-trained weights, where the rows are few
 STEPS_FROM_SCRATCH = 750
@@ -52,6 +54,7 @@ def plan(rows: int, from_scratch: bool, epochs: int | None = None) -> Plan:
 
 
 def main(task: str, data_path: str, finetune: str, spm: str, *flags: str) -> int:
+    finetune = last_given(flags, "--finetune") or finetune
     index = Path(data_path) / f"{task}.train.jsonl"
     with open(index, "rb") as file:
         rows = sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
@@ -73,9 +76,8 @@ def main(task: str, data_path: str, finetune: str, spm: str, *flags: str) -> int
 
 def _epochs_in(flags: Sequence[str]) -> int | None:
     """The last `--epochs` that the user gave; None for none, or one that the program will refuse."""
-    words = [word for flag in flags for word in flag.split("=", 1)]
-    given = [words[place + 1] for place, word in enumerate(words[:-1]) if word == "--epochs"]
-    return int(given[-1]) if given and given[-1].isdigit() and int(given[-1]) > 0 else None
+    given = last_given(flags, "--epochs")
+    return int(given) if given is not None and re.fullmatch("[1-9][0-9]{0,5}", given) else None
 
 
 def _vocabulary(finetune: str, spm: str) -> int:

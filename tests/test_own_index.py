@@ -3,13 +3,15 @@
 import json
 import os
 import signal
+import unicodedata
 
 import pytest
 
 from beit3.data.tokenizer import Tokenizer
 from beit3.system.errors import InputError
 from datasets import CaptionDataset, VQADataset
-from sources.pictures import choose_pictures, same_content
+from sources.pictures import PictureFinder, choose_pictures, same_content
+from sources.rows import Row
 from tasks.make_index import main as make_index
 from tasks.own_data import told
 from tasks.recipe_by_size import main as recipe_by_size
@@ -161,10 +163,9 @@ def test_choices_are_held_to_their_bounds(table):
     folder = table([["a.png", QUESTION, "red"], ["b.png", QUESTION, "blue"]])
     with pytest.raises(InputError) as error:
         make(folder, val_fraction=1.5, max_answer=3)
-    assert error.value.problems == [
-        "val_fraction=1.5: above 0 and below 1 is needed",
-        next(each for each in error.value.problems if each.startswith("max_answer: no such choice; there are")),
-    ]
+    first, second = error.value.problems
+    assert first == "val_fraction=1.5: above 0 and below 1 is needed"
+    assert second.startswith("max_answer: no such choice; there are train, val, test, columns,")
 
 
 def test_missing_pictures_can_be_left_out(table, capsys):
@@ -323,3 +324,104 @@ def test_pictures_are_not_mirrored_where_rows_say_left_or_right(table, capsys):
     make(folder)
     assert recipe_by_size("vqa", str(folder), "", str(SPM), "--epochs", "7") == 0
     assert capsys.readouterr().out.splitlines()[-1].startswith("--epochs 7 --warmup_steps 1 --vocab_size ")
+
+
+def test_a_mistake_in_the_sources_is_told_and_no_older_index_taken_in_its_place(tmp_path, capsys):
+    photos = album(tmp_path)
+    (tmp_path / "vqa.csv").rename(photos / "metadata.csv")
+    arguments = ["vqa", str(photos), str(SPM)]
+    assert make_index(*arguments) == 0
+    capsys.readouterr()
+    assert make_index(*arguments, "--columns", "image=datei") == 2
+    assert 'has no column "datei"' in capsys.readouterr().err
+    (photos / "metadata.csv").write_text("image;question;answer\na;b;c\n")
+    assert make_index(*arguments) == 2 and "metadata.csv" in capsys.readouterr().err
+    with pytest.raises(InputError, match=r"metadata\.csv"):
+        told(str(photos), "", "")
+
+
+def test_an_answer_list_that_changed_makes_the_index_again_and_one_of_strangers_is_refused(tmp_path, capsys):
+    photos, chosen = album(tmp_path), tmp_path / "chosen.txt"
+    arguments = ["vqa", str(tmp_path / "i"), str(SPM), str(photos), "--train", str(tmp_path / "vqa.csv")]
+    chosen.write_text("red\n")
+    assert make_index(*arguments, "--answers", str(chosen)) == 0
+    chosen.write_text("red\nblue\n")
+    assert make_index(*arguments, "--answers", str(chosen)) == 0
+    assert [line["answer"] for line in lines(tmp_path / "i" / "answer2label.txt")] == ["red", "blue"]
+    chosen.write_text("The Red!\nred\nA blue.\n")
+    assert make_index(*arguments, "--answers", str(chosen), "--normalize_answers") == 0
+    assert [line["answer"] for line in lines(tmp_path / "i" / "answer2label.txt")] == ["red", "blue"]
+    chosen.write_text("purple\n")
+    capsys.readouterr()
+    assert make_index(*arguments, "--answers", str(chosen)) == 2
+    assert "none of them is an answer of" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("form", "other"), [("NFC", "NFD"), ("NFD", "NFC")])
+def test_names_are_found_in_either_way_of_unicode_and_ids_with_zeros_and_links_in_circles_too(form, other, tmp_path):
+    name = unicodedata.normalize(form, "Küche/é.png")
+    make_picture(tmp_path / name)
+    make_picture(tmp_path / "000000000042.png")
+    (tmp_path / "a").symlink_to(".")
+    (tmp_path / "b").symlink_to(".")
+    finder = PictureFinder(tmp_path)
+    assert finder.find(Row("", unicodedata.normalize(other, "Küche/é.png"))) == name
+    assert finder.find(Row("", "Küche/è.png")) is None
+    for number in (42, "000000000042", "42"):
+        assert finder.find(Row("", "", image_id=number)) == "000000000042.png"
+
+
+def test_folders_made_for_an_index_that_fails_go_again(table):
+    folder = table([["gone.png", QUESTION, "red"], ["a.png", QUESTION, "blue"]])
+    with pytest.raises(InputError):
+        make(folder, data_path=folder / "e" / "f" / "g")
+    assert not (folder / "e").exists()
+
+
+def test_flags_name_the_task_and_the_pictures_as_variables_do(tmp_path):
+    photos, home = album(tmp_path), str(tmp_path)
+    write_csv(tmp_path / "both.csv", ["image", "question", "answer", "title"], [["a.png", "b", "c", "d"]])
+    both = ["--train", f"{home}/both.csv"]
+    with pytest.raises(InputError, match="--task vqa or captioning"):
+        told("", "", "", *both)
+    assert told("", "", "", *both, "--task", "captioning")[0] == "captioning"
+    assert told("", "", home, *both, "--task=vqa", "--image_path", str(photos)) == ("vqa", home, str(photos))
+
+
+def test_a_test_table_may_leave_it_to_training_what_it_is(tmp_path):
+    album(tmp_path)
+    write_csv(tmp_path / "test.csv", ["image"], [["Küche/Bild 0.png"]])
+    named = ["--train", f"{tmp_path}/captions.csv", "--test", f"{tmp_path}/test.csv"]
+    assert told("", "", "", *named)[0] == "captioning"
+
+
+def test_weights_that_are_all_0_are_refused(table):
+    header = ["image", "question", "answer", "weight"]
+    folder = table([["a.png", QUESTION, "red", "0"], ["b.png", QUESTION, "blue", "0"]], header)
+    with pytest.raises(InputError, match="column weight: is 0 in all training rows"):
+        make(folder)
+
+
+def test_questions_of_one_id_in_two_shards_and_pictures_that_are_only_named_are_refused(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as parquet
+
+    make_picture(tmp_path / "a.png")
+    held = [{"bytes": (tmp_path / "a.png").read_bytes(), "path": "a.png"}]
+    for shard in range(2):
+        rows = {"image": held, "question": [QUESTION], "answer": ["red"], "question_id": [7]}
+        parquet.write_table(pyarrow.table(rows), tmp_path / f"train-0000{shard}-of-00002.parquet")
+    with pytest.raises(InputError, match=r"train-00001-of-00002.parquet: column question_id: stands in train-00000"):
+        make_from(tmp_path)
+    for file in tmp_path.glob("*.parquet"):
+        file.unlink()
+    images = [*held, {"bytes": None, "path": "a.png"}]
+    rows = {"image": images, "question": [QUESTION] * 2, "answer": ["red", "blue"]}
+    parquet.write_table(pyarrow.table(rows), tmp_path / "train.parquet")
+    with pytest.raises(InputError, match="names a picture without holding it"):
+        make_from(tmp_path)
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == []
+
+
+def make_from(folder):
+    VQADataset.make_dataset_index(train=folder, tokenizer=SPM, progress=False)

@@ -22,6 +22,7 @@ import numpy as np
 
 from beit3.system.errors import MAX_LISTED, InputError
 
+MAX_WEIGHT = 1e30  # of a row
 MAX_LINE_BYTES = 1 << 20  # a line of VQAv2 has some 200 bytes
 
 Problem = tuple[int, str]  # row, what is wrong with it
@@ -130,7 +131,7 @@ class FloatField:
         self.values = array("f")
 
     def add(self, value: Any) -> None:
-        if type(value) not in (int, float) or not 0 <= value < 1e30:
+        if type(value) not in (int, float) or not 0 <= value < MAX_WEIGHT:
             raise ValueError(f"a number of at least 0 expected, found {_shorten(value)}")
         self.values.append(value)
 

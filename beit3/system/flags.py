@@ -228,13 +228,15 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def checked(settings: type[T], **chosen: Any) -> T:
+def checked(settings: type[T], names: Collection[str], **chosen: Any) -> T:
     """A settings object with these values, held to the bounds of its flags, for callers in Python.
+
+    names: of the flags that may be chosen.
 
     Raises:
         InputError: listing every name that is no flag and every value that a flag does not take.
     """
-    known, problems, read = {each.name: each for each in flags_of(settings)}, [], {}
+    known, problems, read = {each.name: each for each in flags_of(settings) if each.name in names}, [], {}
     for name, value in chosen.items():
         if name not in known:
             problems.append(f"{name}: no such choice; there are {', '.join(known)}")

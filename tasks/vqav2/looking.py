@@ -37,6 +37,8 @@ def look(
     """Sentences on both. decode: token ids → text."""
     best = best_labels(train)
     counts = Counter(best[best >= 0].tolist())
+    if not counts:
+        return ["no training row has an answer that is in the list"]
     [(common, most)] = counts.most_common(1)
     rare = sum(count < RARE for count in counts.values()) + len(answers) - len(counts)
     by_start: defaultdict[str, Counter[int]] = defaultdict(Counter)

@@ -46,7 +46,7 @@ class VQADataset(QuestionDataset):
         super().__init__(data_path, split, transform, **options)
         weights = self.table["weight"].astype(np.float64)
         if balance:
-            weights = weights * _balancing(self.table["labels"], self.table["scores"])
+            weights = _balanced(weights, self.table["labels"], self.table["scores"])
         self.weights = None if (weights == 1).all() else weights.astype(np.float32)
 
     def further_fields(self) -> list[Field]:
@@ -111,13 +111,14 @@ def _collate(items: Sequence[Item], num_answers: int, num_max_bpe_tokens: int) -
     return batch
 
 
-def _balancing(labels: Any, scores: Any) -> np.ndarray:
-    """(N,) weights of mean 1: a row's best answer with n rows in all has 1/n of them."""
+def _balanced(weights: np.ndarray, labels: Any, scores: Any) -> np.ndarray:
+    """(N,) weights of mean 1, those of the rows of each best answer with the same sum; weights: (N,), of the rows."""
     best = np.full(len(labels), -1)
     for row in range(len(labels)):
         if len(labels[row]):
             best[row] = labels[row][int(np.argmax(scores[row]))]
-    counts = np.bincount(best[best >= 0])
-    weights = np.ones(len(best))
-    weights[best >= 0] = 1 / counts[best[best >= 0]]
-    return weights / weights.mean()
+    known = best >= 0
+    sums = np.bincount(best[known], weights[known])[best[known]]
+    balanced = weights.copy()
+    balanced[known] = weights[known] / np.where(sums > 0, sums, 1.0)
+    return balanced / max(balanced.mean(), np.finfo(np.float64).tiny)

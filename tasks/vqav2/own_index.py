@@ -111,7 +111,12 @@ def _vocabulary(made: Gathered, settings: Any) -> list[str]:
             f"{table}: column answer: no validation row has an answer, so none can be scored; rows", len(made.rows[VAL])
         )
     if settings.answers is not None:
-        return _named_answers(settings.answers, made.reading.findings)
+        named = _named_answers(settings.answers, made.reading.findings)
+        if settings.normalize_answers:
+            named = list(dict.fromkeys(form for answer in named if (form := normalize_word(answer))))
+        if named and counts.keys().isdisjoint(named):
+            note(f"--answers {settings.answers}: none of them is an answer of {table}; answers", len(named))
+        return named
     if len(counts) == 1:
         note(f"{table}: column answer: all rows have the same answer, so there is nothing to learn", shown(*counts))
     elif max(counts.values()) == 1 and len(counts) > 2:
