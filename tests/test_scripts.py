@@ -123,7 +123,7 @@ def test_own_data_is_looked_at_learned_and_asked_from_its_table(project, tmp_pat
         project, "prediction.sh", str(picture), "Is it day?", FINETUNE=str(tmp_path / "o" / "checkpoint-best")
     )
     assert result.returncode == 0 and result.stdout.count(" · ") == 2, result.stderr
-    (album / "metadata.csv").write_text("image,caption\n" + f"{picture.relative_to(album)},A house.\n" * 3)
+    (album / "metadata.csv").write_text("image,caption\n" + f'"{picture.relative_to(album)}",A house.\n' * 3)
     broken = bash(project, "bash.sh", TRAIN=str(album / "metadata.csv"), DATA_PATH=str(tmp_path / "new"), **own)
     assert broken.returncode == 2 and "all its rows show one picture" in broken.stderr
     assert not (tmp_path / "new").exists()

@@ -6,6 +6,7 @@ A step is `update_freq` times (inside `micro_step`: forward, `backward`), then `
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -161,6 +162,8 @@ class PlainBackend:
         self.distributed = dist.is_initialized() and dist.get_world_size() > 1
         self.model: nn.Module = model
         if self.distributed:
+            # The class token's gradient is a view of a larger one; nothing is wrong, and it cannot be had otherwise.
+            warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
             devices = [self.device] if self.device.type == "cuda" else None
             # Some released parameters take no part in a task (the mask token, parts of the last layer).
             self.model = DistributedDataParallel(model, device_ids=devices, find_unused_parameters=True)
