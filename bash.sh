@@ -72,15 +72,17 @@ fi
 images=()
 [ -z "${IMAGE_PATH:-}" ] || images=(--image_path "$IMAGE_PATH")
 run_module tasks.make_index "$TASK" "$DATA_PATH" "$SPM" ${IMAGE_PATH:+"$IMAGE_PATH"} "${@}"
+deepspeed=(--enable_deepspeed)
 if [ -n "$own" ]; then
     plan_by_size "$@"
+    [ "$size" != tiny ] || deepspeed=() # loading it takes a tenth of such a training, and there is nothing to share
     after="FINETUNE=$OUTPUT_DIR/checkpoint-best bash ${root}prediction.sh photo.jpg"
     [ "$TASK" != vqa ] || after+=' "What is it?"'
 fi
 
 run_handing_on_signals "${launch[@]}" --task "$TASK" "${recipe[@]}" ${images[@]+"${images[@]}"} \
     --sentencepiece_model "$SPM" --data_path "$DATA_PATH" --output_dir "$OUTPUT_DIR" \
-    --log_dir "${LOG_DIR:-$OUTPUT_DIR/tensorboard}" --enable_deepspeed "$@"
+    --log_dir "${LOG_DIR:-$OUTPUT_DIR/tensorboard}" ${deepspeed[@]+"${deepspeed[@]}"} "$@"
 case " $* " in *" --check "*) exit 0 ;; esac
 echo "checkpoint: $OUTPUT_DIR/checkpoint-best"
 echo "next:       $after"
