@@ -39,6 +39,11 @@ if is_own_data "$@"; then
     { IFS= read -r TASK && IFS= read -r DATA_PATH && IFS= read -r IMAGE_PATH; } <<< "$own"
 fi
 if [ -z "$own${TASK:-}" ] && [ -n "${DATA_PATH:-}" ] && [ ! -e "$DATA_PATH/vqa" ] && [ ! -e "$DATA_PATH/vqa.train.jsonl" ]; then
+    table=$(cd "$DATA_PATH" 2> /dev/null && { ls | grep -iE '\.(csv|tsv|jsonl|parquet)(\.gz)?$' | head -n 1; } || true)
+    if [ -n "$table" ]; then
+        echo "error: $DATA_PATH holds $table and no metadata.csv or train.csv; if that is your table: TRAIN=$DATA_PATH/$table" >&2
+        exit 2
+    fi
     echo "no table of your own data in $DATA_PATH (metadata.csv, train.csv and the like, docs/DATA.md): taking it for VQAv2"
 fi
 TASK=${TASK:-vqav2}
@@ -66,7 +71,7 @@ else
     FINETUNE=${FINETUNE-beit3_${size}_patch16_224.pth}
     recipe+=(--model "$MODEL" --finetune "$FINETUNE")
     [ -n "$own" ] || keep_pairs_per_step "$@"
-    after="DATA_PATH=$DATA_PATH FINETUNE=$OUTPUT_DIR/checkpoint-best bash ${root}prediction.sh"
+    after="DATA_PATH=$(printf %q "$DATA_PATH") FINETUNE=$(printf %q "$OUTPUT_DIR")/checkpoint-best bash ${root}prediction.sh"
     [ "$TASK" != nocaps ] || after="TASK=nocaps $after"
 fi
 images=()
@@ -76,7 +81,7 @@ deepspeed=(--enable_deepspeed)
 if [ -n "$own" ]; then
     plan_by_size "$@"
     [ "$size" != tiny ] || deepspeed=() # loading it takes a tenth of such a training, and there is nothing to share
-    after="FINETUNE=$OUTPUT_DIR/checkpoint-best bash ${root}prediction.sh photo.jpg"
+    after="FINETUNE=$(printf %q "$OUTPUT_DIR")/checkpoint-best bash ${root}prediction.sh photo.jpg"
     [ "$TASK" != vqa ] || after+=' "What is it?"'
 fi
 

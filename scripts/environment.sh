@@ -142,14 +142,14 @@ plan_by_size() {
     keep_pairs_per_step "$@"
 }
 
-# Runs a command and hands on a SIGTERM that this script gets, so that the training can write its checkpoint first. (Ctrl-C
-# reaches all processes of a terminal by itself.) After a signal the status is 143 or 130, as that of the training.
+# Runs a command and hands on a SIGTERM or Ctrl-C that this script gets, so that the training can write its checkpoint
+# first. Both as SIGTERM: what a script starts in the background is deaf to Ctrl-C. The status is then 143 or 130.
 run_handing_on_signals() {
     local status=0 got=0
     "$@" &
     local child=$!
     trap 'got=143; kill -TERM $child 2> /dev/null' TERM
-    trap 'got=130' INT
+    trap 'got=130; kill -TERM $child 2> /dev/null' INT
     while true; do
         wait "$child" && status=0 || status=$?
         kill -0 "$child" 2> /dev/null || break

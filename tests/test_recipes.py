@@ -176,3 +176,18 @@ def test_prediction_takes_what_lies_in_the_folder_before_the_demo(told, project)
         (project / "beit3_base_patch16_480_vqa.pth").unlink()
     assert value(prediction, "--data_path") == "dataset"
     assert value(prediction, "--finetune") == "beit3_base_patch16_480_vqa.pth"
+
+
+def test_a_table_of_another_name_is_named_and_not_taken_for_vqav2(told, tmp_path):
+    (tmp_path / "My Questions.CSV").touch()
+    result, started = told("bash.sh", DATA_PATH=str(tmp_path), SPM="s", GPUS="1")
+    assert result.returncode == 2 and started == []
+    assert (
+        f"holds My Questions.CSV and no metadata.csv or train.csv; if that is your table: TRAIN={tmp_path}"
+        in result.stderr
+    )
+
+
+def test_the_next_command_can_be_copied_where_a_path_has_a_space(told):
+    result, _ = told("bash.sh", DATA_PATH="/d", OUTPUT_DIR="my runs", SPM="s", GPUS="1")
+    assert result.stdout.endswith("FINETUNE=my\\ runs/checkpoint-best bash prediction.sh\n")

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -145,17 +146,22 @@ def test_a_training_has_minutes_to_write_its_checkpoint_after_a_signal(project):
     assert int(bash(project, "ask.sh").stdout) == 300
 
 
-def start_and_stop(project, out, sign):
-    """`bash bash.sh` until it says `sign`, then SIGTERM; its status and what it said."""
+def start_and_stop(project, out, sign, signum):
+    """`bash bash.sh` until it says `sign`, then SIGTERM, or Ctrl-C as a terminal sends it; status and what it said."""
     command = ["bash", "bash.sh", "--epochs", "1", "--warmup_epochs", "0.1", "--batch_size", "256"]
     environment = {**os.environ, "PYTHON": sys.executable, "OUTPUT_DIR": str(out)}
     with (project / "said.txt").open("w+") as said:
-        training = subprocess.Popen(command, cwd=project, env=environment, stdout=said, stderr=said)
+        training = subprocess.Popen(
+            command, cwd=project, env=environment, stdout=said, stderr=said, start_new_session=True
+        )
         deadline = time.monotonic() + 200
         while sign not in (text := (project / "said.txt").read_text()):
             assert training.poll() is None and time.monotonic() < deadline, text
             time.sleep(0.1)
-        training.terminate()
+        if signum == signal.SIGINT:
+            os.killpg(training.pid, signum)  # all processes of the terminal
+        else:
+            training.send_signal(signum)
         status = training.wait(timeout=100)
     return status, (project / "said.txt").read_text()
 
@@ -163,8 +169,8 @@ def start_and_stop(project, out, sign):
 @pytest.mark.slow
 def test_a_training_that_is_told_to_stop_goes_on_with_the_same_command(project):
     out = project / "stopped"
-    status, said = start_and_stop(project, out, "steps of 256 pairs")
+    status, said = start_and_stop(project, out, "steps of 256 pairs", signal.SIGTERM)
     assert status == 143, said
     assert list(out.glob("checkpoint-0-*")), said
-    status, said = start_and_stop(project, out, "going on with epoch 0, step")
-    assert status == 143, said
+    status, said = start_and_stop(project, out, "going on with epoch 0, step", signal.SIGINT)
+    assert status == 130 and "goes on from here" in said, said
