@@ -17,7 +17,7 @@ from tests.test_settings import EVERY_FLAG, OWNER, SHARED_FLAGS, TASK_FLAGS, coc
 def trained(coco, tmp_path_factory):
     """Task → the full checkpoint of a run of one epoch."""
     checkpoints = {}
-    for task in ("vqav2", "coco_captioning"):
+    for task in ("vqav2", "coco_captioning", "vqa"):
         out = tmp_path_factory.mktemp(task)
         assert run.main(resume_flags(coco, out, task)) == 0
         checkpoints[task] = out / "checkpoint-0.pth"

@@ -105,7 +105,7 @@ def test_missing_files_are_named_with_the_way_to_make_them(coco):
 
 def test_index_files_that_are_there_are_kept(coco):
     before = (coco / "vqa.rest_val.jsonl").read_bytes()
-    VQAv2Settings.make_index(coco, str(reference.MINI_COCO / "mini.spm"))
+    VQAv2Settings().make_index(coco, str(reference.MINI_COCO / "mini.spm"))
     assert (coco / "vqa.rest_val.jsonl").read_bytes() == before
 
 
